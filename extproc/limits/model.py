@@ -1,0 +1,88 @@
+"""What a limit store is asked and answers. A reservation is a lease: settled once, released once, or expired (charged).
+
+Windows are fixed and aligned to UTC (as Arks counts them): a request belongs to the window in which it was admitted,
+also when it ends in a later one. `window_s` 0 is a lifetime counter (quota).
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+
+Unit: TypeAlias = Literal["requests", "prompt", "response", "total", "concurrent"]
+
+
+class Amounts(NamedTuple):
+    """What one request takes: requests, prompt tokens, response tokens. `total` counts both kinds of tokens."""
+
+    requests: int
+    prompt: int
+    response: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One counter that a request must fit under. Rules with the same `key` share one counter."""
+
+    key: str
+    """stable over restarts, e.g. rate/default/example-token/qwen-7b/tpm or quota/default/basic-quota/total"""
+    kind: str
+    """the user's name for it: rpm, rpd, tpm, tpd, prompt, response, total, concurrency"""
+    unit: Unit
+    limit: int
+    window_s: int
+    """60, 86400, or 0 for a counter that never resets"""
+
+
+class Standing(NamedTuple):
+    """The tightest rule of a unit family, for x-ratelimit-* headers."""
+
+    limit: int
+    remaining: int
+    reset_s: float
+    """until the window ends; 0 for a counter that never resets"""
+
+
+@dataclass(slots=True)
+class Lease:
+    """An admitted request's hold on its counters."""
+
+    id: str
+    amounts: Amounts
+    requests: Standing | None
+    """tightest rpm/rpd after this reservation; None without such a rule"""
+    tokens: Standing | None
+    """tightest tpm/tpd/quota after this reservation"""
+    holds: Any = None
+    """the store's own"""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """No counter was touched."""
+
+    rule: Rule
+    used: int
+    """spent plus reserved by open leases, before this request"""
+    asked: int
+    retry_after_s: float | None
+    """None: waiting does not help (a quota)"""
+    requests: Standing | None
+    tokens: Standing | None
+
+
+class StoreUnavailable(Exception):  # noqa: N818 - a state of the store, mapped to gRPC UNAVAILABLE
+    """The store can neither admit nor refuse now."""
+
+
+class LimitStore(Protocol):
+    """Exact under concurrency: the admitted sum of a counter never passes its limit by one."""
+
+    def reserve(
+        self, lease_id: str, rules: tuple[Rule, ...], amounts: Amounts, *, ttl_s: float, context: bytes = b""
+    ) -> Lease | Refusal:
+        """All rules or none. `context` travels with the lease's journal entry and comes back when it expires."""
+
+    def settle(self, lease: Lease, actual: Amounts) -> None:
+        """Charge what was used and return the rest. A second call for the same lease does nothing."""
+
+    def release(self, lease: Lease) -> None:
+        """Return everything: the request reached no engine, or the engine failed it. Idempotent like `settle`."""

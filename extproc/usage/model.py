@@ -1,0 +1,33 @@
+"""What a response tap is told and finds out."""
+
+from typing import Literal, NamedTuple, Protocol, TypeAlias
+
+Api: TypeAlias = Literal["chat", "completions", "embeddings", "responses", "messages", "rerank", "score"]
+
+
+class Usage(NamedTuple):
+    """Tokens as the engine counted them. `prompt` is inclusive of cached, `completion` inclusive of reasoning."""
+
+    prompt: int
+    completion: int
+    cached: int = 0
+    reasoning: int = 0
+
+
+class Tap(Protocol):
+    """Follows one response body, cut anywhere. Never raises on any input; what it cannot read, it passes on."""
+
+    usage: Usage | None
+    """the last one seen replaces all before; an explicit zero is a value, None is absence"""
+    error: str
+    """message-free stable reason once the body told of a failure (an error event before or after [DONE]); else empty"""
+    started: bool
+    """a first content event has passed (for TTFT)"""
+    done: bool
+    """the API's own end mark was seen ([DONE], response.completed, message_stop, whole JSON)"""
+
+    def feed(self, chunk: bytes, end: bool) -> bytes | None:
+        """One piece of the body. None: pass it on as it is. Bytes: pass these on instead (may be empty)."""
+
+    def delivered_tokens(self) -> int:
+        """Estimate of the completion tokens that went by so far, for a client that left."""
