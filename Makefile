@@ -40,3 +40,6 @@ $(VENV)/.dev: $(BIN)/python requirements/dev.txt pyproject.toml
 lock: $(VENV)/.dev
 	$(BIN)/uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes --no-header pyproject.toml -o requirements/run.txt
 	$(BIN)/uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes --no-header pyproject.toml --group dev -c requirements/run.txt -o requirements/dev.txt
+
+wire: $(VENV)/.dev
+	$(BIN)/python scripts/wire.py
