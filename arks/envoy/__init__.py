@@ -1,0 +1,1 @@
+"""The gateway's Envoy: what is set, and the bootstrap made from it."""
