@@ -1,0 +1,477 @@
+"""One HTTP request's life, from its headers to its settlement, as Envoy's messages tell it.
+
+    request headers ─▶ who and what path ─▶ (no body: answered here)
+    request body    ─▶ admission ─▶ header and body mutation, engine pinned
+    response headers ─▶ status, standing of the limits; Envoy's own failures become our errors
+    response body   ─▶ usage tap, chunk by chunk, passed on untouched unless the usage event must be hidden
+    end, or close   ─▶ settled exactly once: exact where the engine told its usage, else estimated from what was delivered
+
+No I/O of its own. The stream's close says nothing about why: Envoy resets the stream on ordinary ends too, so whether a
+client left is read from our own state (was the answer's end seen?).
+"""
+
+import time
+from collections.abc import Callable
+from typing import Final
+
+from extproc import messages
+from extproc.admission import Admission, Admitted, standing_headers
+from extproc.endpoints import Metered, ModelList, route
+from extproc.errors import Refused, refused
+from extproc.identity import secret_of
+from extproc.ledger.model import Accuracy, Ledger, UsageRecord
+from extproc.limits.model import Amounts, LimitStore
+from extproc.messages import HeaderName
+from extproc.observe.metrics import GatewayMetrics
+from extproc.picking import Outcome, Picker
+from extproc.snapshot.index import Principal
+from extproc.transport.core import CloseReason, GrpcError
+from extproc.usage import make_tap
+from extproc.usage.model import Api, Tap, Usage
+
+_METHOD: Final = HeaderName(":method")
+_PATH: Final = HeaderName(":path")
+_STATUS: Final = HeaderName(":status")
+_AUTHORIZATION: Final = HeaderName("authorization")
+_API_KEY: Final = HeaderName("x-api-key")
+_REQUEST_ID: Final = HeaderName("x-request-id")
+_CONTENT_LENGTH: Final = HeaderName("content-length")
+_CONTENT_TYPE: Final = HeaderName("content-type")
+_CONTENT_ENCODING: Final = HeaderName("content-encoding")
+
+PIN_HEADER: Final = "x-gateway-destination-endpoint"
+OWNED_HEADERS: Final = (
+    PIN_HEADER,
+    "x-gateway-destination-endpoint-subset",
+    "model",
+    "namespace",
+    "username",
+    "x-arks-tenant",
+    "x-arks-priority",
+)
+"""Headers that are the gateway's word; a client's copies never pass"""
+
+# Credentials stop here: engines need none of ours, and their logs are not ours to keep clean. A compressed answer could
+# not be metered by every tap nor have its usage event hidden, so engines are asked for plain ones.
+_STRIPPED: Final = b"".join(
+    messages.remove_header(name)
+    for name in (
+        "authorization",
+        "x-api-key",
+        "accept-encoding",
+        *(set(OWNED_HEADERS) - {PIN_HEADER, "model", "namespace", "username"}),
+    )
+)
+
+INVALID_ARGUMENT: Final = 3
+CLIENT_CLOSED_REQUEST: Final = 499
+
+
+class Deps:
+    """What all exchanges share."""
+
+    __slots__ = ("admission", "ledger", "metrics", "on_abandoned", "open", "picker", "pins", "ratios", "store")
+
+    def __init__(
+        self, admission: Admission, store: LimitStore, ledger: Ledger, picker: Picker, metrics: GatewayMetrics
+    ) -> None:
+        self.admission = admission
+        self.store = store
+        self.ledger = ledger
+        self.picker = picker
+        self.metrics = metrics
+        self.open = 0
+        """requests at an engine now"""
+        self.ratios: dict[tuple[str, str], float] = {}
+        """per endpoint: real prompt tokens per token of upper bound, learned from exact answers"""
+        self.pins = _Pins()
+        self.on_abandoned: Callable[[str], None] = lambda _address: None
+        """told the engine of a stream that ended before its end: it may have died"""
+
+
+class _Pins:
+    """The pieces of a request's reply that only depend on the engine, or only on the grant, written once."""
+
+    __slots__ = ("_engines", "_grants")
+
+    def __init__(self) -> None:
+        self._engines: dict[tuple[str, ...], tuple[bytes, bytes]] = {}
+        self._grants: dict[tuple[str, str, str, str], tuple[bytes, bytes]] = {}
+
+    def engine(self, addresses: tuple[str, ...]) -> tuple[bytes, bytes]:
+        """Header mutation and envoy.lb metadata that pin the request to these engines, in order."""
+        found = self._engines.get(addresses)
+        if found is None:
+            if len(self._engines) > 50_000:
+                self._engines.clear()
+            value = ",".join(addresses)
+            found = self._engines[addresses] = (
+                messages.set_header(PIN_HEADER, value.encode()),
+                messages.metadata("envoy.lb", messages.string_struct({PIN_HEADER: value})),
+            )
+        return found
+
+    def grant(self, namespace: str, token: str, model: str, endpoint: str) -> tuple[bytes, bytes]:
+        """Header mutation that names tenant and model (as Arks' routes match them), and metadata for access logs."""
+        key = (namespace, token, model, endpoint)
+        found = self._grants.get(key)
+        if found is None:
+            if len(self._grants) > 50_000:
+                self._grants.clear()
+            headers = {"model": endpoint, "namespace": namespace, "username": token}
+            found = self._grants[key] = (
+                b"".join(messages.set_header(name, value.encode()) for name, value in headers.items()) + _STRIPPED,
+                messages.metadata(
+                    "arks",
+                    messages.string_struct(
+                        {
+                            "token": token,
+                            "namespace": namespace,
+                            "model": model,
+                            "endpoint": endpoint,
+                            "decision": "admitted",
+                        }
+                    ),
+                ),
+            )
+        return found
+
+
+class Exchange:
+    """The ext_proc call that accompanies one HTTP request (`transport.core.Call`)."""
+
+    __slots__ = (
+        "_admitted",
+        "_api",
+        "_attempt",
+        "_content_length",
+        "_deps",
+        "_engine",
+        "_failed_by_envoy",
+        "_principal",
+        "_request_id",
+        "_settled",
+        "_started_s",
+        "_status",
+        "_tap",
+        "_time_ms",
+        "_ttft_s",
+    )
+
+    def __init__(self, deps: Deps) -> None:
+        self._deps = deps
+        self._principal: Principal | None = None
+        self._api: Api = "chat"
+        self._admitted: Admitted | None = None
+        self._tap: Tap | None = None
+        self._settled = False
+        self._status = 0
+        self._failed_by_envoy = ""
+        self._request_id = ""
+        self._engine = ""
+        self._attempt = 1
+        self._content_length = False
+        self._started_s = 0.0
+        self._ttft_s: float | None = None
+        self._time_ms = 0
+
+    # --- messages -------------------------------------------------------------------------------------------------
+
+    def on_message(self, message: bytes) -> bytes | None:
+        try:
+            kind, at, end = messages.kind_of(message)
+            if kind == messages.RESPONSE_BODY:
+                return self._response_body(*messages.body_of(message, at, end))
+            if kind == messages.REQUEST_HEADERS:
+                return self._request_headers(message, at, end)
+            if kind == messages.REQUEST_BODY:
+                return self._request_body(*messages.body_of(message, at, end))
+            if kind == messages.RESPONSE_HEADERS:
+                return self._response_headers(message, at, end)
+        except (messages.BadMessage, IndexError):
+            raise GrpcError(INVALID_ARGUMENT, "not an ext_proc message") from None
+        if kind == messages.REQUEST_TRAILERS:
+            return messages.CONTINUE_REQUEST_TRAILERS
+        if kind == messages.RESPONSE_TRAILERS:
+            self._settle_complete()
+            return messages.CONTINUE_RESPONSE_TRAILERS
+        return None  # a message without a kind we know: newer Envoys may send such, and await no reply
+
+    def on_half_close(self) -> None:
+        """Envoy has no more to send; what is to be settled is settled at the close."""
+
+    def on_close(self, reason: CloseReason) -> None:
+        if self._admitted is not None and not self._settled:
+            self._settle_abandoned()
+
+    # --- request --------------------------------------------------------------------------------------------------
+
+    def _request_headers(self, message: bytes, at: int, end: int) -> bytes:
+        at, end, no_body = messages.headers_of(message, at, end)
+        self._started_s = time.monotonic()
+        self._time_ms = int(time.time() * 1000)
+        request_id = _REQUEST_ID.find(message, at, end)
+        if request_id is not None:
+            self._request_id = request_id.decode("latin-1")
+        secret = secret_of(_AUTHORIZATION.find(message, at, end), _API_KEY.find(message, at, end))
+        principal = self._deps.admission.identify(secret)
+        if isinstance(principal, Refused):
+            return self._refuse(principal)
+        self._principal = principal
+        asked = route(_METHOD.find(message, at, end) or b"", _PATH.find(message, at, end) or b"")
+        if isinstance(asked, Refused):
+            return self._refuse(asked)
+        if isinstance(asked, ModelList):
+            return self._list_models(principal, asked.model)
+        if no_body:
+            return self._refuse(refused("body_required", "Send a JSON body."))
+        encoding = _CONTENT_ENCODING.find(message, at, end)
+        if encoding and encoding.lower() != b"identity":
+            return self._refuse(refused("unsupported_encoding", "Send the request body uncompressed."))
+        self._api = asked.api
+        self._content_length = _CONTENT_LENGTH.find(message, at, end) is not None
+        return messages.CONTINUE_REQUEST_HEADERS
+
+    def _list_models(self, principal: Principal, model: str | None) -> bytes:
+        listing = self._deps.admission.model_list(principal, model)
+        if isinstance(listing, Refused):
+            return self._refuse(listing)
+        return messages.immediate_response(200, _JSON, listing, "arks_models")
+
+    def _request_body(self, body: bytes, end_of_stream: bool) -> bytes:
+        principal = self._principal
+        if principal is None or self._admitted is not None:
+            raise GrpcError(INVALID_ARGUMENT, "a request body out of turn; is request_body_mode BUFFERED?")
+        deps = self._deps
+        admitted = deps.admission.admit(principal, self._api, body, b"")
+        if isinstance(admitted, Refused):
+            return self._refuse(admitted)
+        self._admitted = admitted
+        pick = admitted.pick
+        self._engine = pick.addresses[0]
+        deps.picker.begin(self._engine)
+        deps.open += 1
+        token, endpoint = principal.token, admitted.grant.endpoint
+        pin_header, pin_metadata = deps.pins.engine(pick.addresses)
+        grant_headers, grant_metadata = deps.pins.grant(token.namespace, token.name, endpoint.model, endpoint.name)
+        mutation = pin_header + grant_headers
+        if admitted.body is not None and self._content_length:
+            # Envoy refuses a changed body whose content-length does not say its new size.
+            mutation += messages.set_header("content-length", str(len(admitted.body)).encode())
+        return messages.request_body_reply(mutation, pin_metadata + grant_metadata, admitted.body)
+
+    def _refuse(self, answer: Refused) -> bytes:
+        principal = self._principal
+        namespace = principal.token.namespace if principal is not None else ""
+        self._deps.metrics.refused(namespace, answer.reason.code)
+        return answer.reply()
+
+    # --- response -------------------------------------------------------------------------------------------------
+
+    def _response_headers(self, message: bytes, at: int, end: int) -> bytes:
+        at, end, no_body = messages.headers_of(message, at, end)
+        status = _STATUS.find(message, at, end) or b""
+        self._status = int(status) if status.isdigit() else 0
+        admitted = self._admitted
+        served = messages.attribute_of(message, "upstream.address")
+        if served is None and messages.attribute_of(message, "response.code") is not None:
+            return self._answered_by_envoy()
+        if admitted is None:
+            return messages.CONTINUE_RESPONSE_HEADERS
+        if served is not None and served != self._engine:
+            self._moved_to(served)
+        if no_body:
+            self._settle_complete()
+        elif self._status < 300:
+            content_type = _CONTENT_TYPE.find(message, at, end) or b""
+            encoding = _CONTENT_ENCODING.find(message, at, end) or b""
+            self._tap = make_tap(
+                self._api,
+                stream=admitted.stream,
+                content_type=content_type.decode("latin-1"),
+                content_encoding=encoding.decode("latin-1"),
+                hide_usage=admitted.hide_usage,
+            )
+        mutation = _standing(admitted)
+        if self._tap is not None and self._tap.changes_length:
+            mutation += _CHANGED_LENGTH
+            if self._tap.decodes:
+                mutation += _DECODED
+        return messages.response_headers_reply(mutation)
+
+    def _answered_by_envoy(self) -> bytes:
+        """Envoy's own answer (no engine reached, body over the buffer limit, a timeout) in words of ours."""
+        status = self._status
+        if status == 413:
+            answer = refused("body_too_large", "The request body is larger than the gateway accepts.")
+        elif status == 504:
+            answer = refused("engine_timeout", "The engine did not answer in time.")
+        elif status >= 500:
+            answer = refused(
+                "engine_unreachable",
+                "The engine could not be reached. Try again shortly.",
+                headers=(("retry-after", "1"),),
+            )
+        else:
+            return messages.CONTINUE_RESPONSE_HEADERS
+        self._status = answer.reason.status
+        self._failed_by_envoy = answer.reason.code
+        if self._admitted is None:
+            return self._refuse(answer)
+        self._settle_complete()
+        return answer.reply()
+
+    def _moved_to(self, served: str) -> None:
+        """Envoy retried on another engine of the list: the first one was lost before it answered a byte."""
+        deps = self._deps
+        first = self._engine
+        deps.picker.end(first, Outcome.UNREACHABLE)
+        self._write(first, 503, Usage(0, 0), "exact", "engine_unreachable")
+        deps.picker.begin(served)
+        self._engine = served
+        self._attempt = 2
+
+    def _response_body(self, body: bytes, end_of_stream: bool) -> bytes:
+        tap = self._tap
+        if tap is None:
+            if end_of_stream:
+                self._settle_complete()
+            return messages.CONTINUE_RESPONSE_BODY
+        changed = tap.feed(body, end_of_stream)
+        if self._ttft_s is None and tap.started:
+            self._ttft_s = time.monotonic() - self._started_s
+        if end_of_stream:
+            self._settle_complete()
+        return messages.CONTINUE_RESPONSE_BODY if changed is None else messages.response_body_reply(changed)
+
+    # --- settlement -----------------------------------------------------------------------------------------------
+
+    def _settle_complete(self) -> None:
+        """The answer's end was seen."""
+        admitted = self._admitted
+        if admitted is None or self._settled:
+            return
+        tap, status = self._tap, self._status
+        if self._failed_by_envoy or status >= 500:
+            # No work that anyone could use was done: neither tokens nor the request itself are charged.
+            self._finish(Usage(0, 0), "exact", self._failed_by_envoy or "engine_error", charge=False)
+        elif tap is None:
+            self._finish(Usage(0, 0), "exact", "" if status < 400 else "engine_refused")
+        elif tap.usage is not None:
+            self._learn(admitted, tap.usage)
+            self._finish(tap.usage, "exact", tap.error)
+        else:
+            self._finish(self._estimate(admitted), "estimated", tap.error)
+
+    def _settle_abandoned(self) -> None:
+        """The stream is gone and the answer's end was not seen: the client left, or the engine was lost on the way."""
+        admitted, tap = self._admitted, self._tap
+        assert admitted is not None
+        if self._status >= 300:
+            self._settle_complete()
+            return
+        self._status = CLIENT_CLOSED_REQUEST
+        if tap is not None and tap.usage is not None and tap.done:
+            self._finish(tap.usage, "exact", tap.error)
+        else:
+            self._deps.on_abandoned(self._engine)
+            self._finish(self._estimate(admitted), "estimated", "client_disconnected")
+
+    def _estimate(self, admitted: Admitted) -> Usage:
+        """The prompt by the endpoint's learned ratio to its upper bound, the answer by what was delivered."""
+        endpoint = admitted.grant.endpoint
+        ratio = self._deps.ratios.get((endpoint.namespace, endpoint.name), 0.25)
+        prompt = min(admitted.reserved.prompt, int(admitted.reserved.prompt * ratio) + 1)
+        tap = self._tap
+        if tap is None:
+            return Usage(prompt, 0)
+        seen = tap.usage
+        delivered = tap.delivered_tokens()
+        if seen is None:
+            return Usage(prompt, delivered)
+        return seen._replace(completion=max(seen.completion, delivered))
+
+    def _learn(self, admitted: Admitted, usage: Usage) -> None:
+        bound = admitted.reserved.prompt
+        if bound > 0 and usage.prompt > 0:
+            endpoint = admitted.grant.endpoint
+            key = (endpoint.namespace, endpoint.name)
+            ratios = self._deps.ratios
+            ratios[key] = 0.95 * ratios.get(key, 0.25) + 0.05 * usage.prompt / bound
+
+    def _finish(self, usage: Usage, accuracy: Accuracy, error: str, *, charge: bool = True) -> None:
+        self._settled = True
+        admitted, deps = self._admitted, self._deps
+        assert admitted is not None
+        if charge:
+            deps.store.settle(admitted.lease, Amounts(1, usage.prompt, usage.completion))
+        else:
+            deps.store.release(admitted.lease)
+        deps.open -= 1
+        deps.picker.end(self._engine, self._outcome())
+        duration_s = self._write(self._engine, self._status, usage, accuracy, error)
+        endpoint = admitted.grant.endpoint
+        deps.metrics.request_done(
+            (endpoint.namespace, endpoint.name),
+            self._status,
+            error,
+            duration_s,
+            self._ttft_s,
+            usage.prompt,
+            usage.completion,
+            usage.cached,
+            accuracy,
+            admitted.stream,
+            self._api,
+            self._principal.token.name if self._principal is not None else "",
+        )
+
+    def _outcome(self) -> Outcome:
+        if self._failed_by_envoy:
+            return Outcome.UNREACHABLE
+        return Outcome.FAILED if 500 <= self._status else Outcome.OK
+
+    def _write(self, engine: str, status: int, usage: Usage, accuracy: Accuracy, error: str) -> float:
+        """Append the attempt's row; returns its duration in seconds."""
+        admitted, principal = self._admitted, self._principal
+        assert admitted is not None
+        assert principal is not None
+        duration_s = time.monotonic() - self._started_s
+        token, endpoint = principal.token, admitted.grant.endpoint
+        ttft_s = self._ttft_s
+        self._deps.ledger.append(
+            UsageRecord(
+                admitted.lease.id,
+                self._attempt,
+                self._request_id,
+                self._time_ms,
+                token.name,
+                token.namespace,
+                endpoint.model,
+                endpoint.name,
+                engine,
+                status,
+                usage.prompt,
+                usage.completion,
+                usage.cached,
+                usage.reasoning,
+                accuracy,
+                admitted.stream,
+                int(duration_s * 1000),
+                None if ttft_s is None else int(ttft_s * 1000),
+                error,
+            )
+        )
+        return duration_s
+
+
+_JSON: Final = messages.set_header("content-type", b"application/json")
+_CHANGED_LENGTH: Final = messages.remove_header("content-length")
+_DECODED: Final = messages.remove_header("content-encoding")
+
+
+def _standing(admitted: Admitted) -> bytes:
+    lease = admitted.lease
+    return b"".join(
+        messages.set_header(name, value.encode()) for name, value in standing_headers(lease.requests, lease.tokens)
+    )
