@@ -54,7 +54,7 @@ def _listener(settings: GatewaySettings) -> Tree:
         "name": LISTENER,
         "address": _address(settings.listen),
         "per_connection_buffer_limit_bytes": settings.connection_buffer_bytes,
-        # With one worker nothing is gained by it, and a second gateway on the same port would silently share its traffic.
+        # One worker gains nothing by it, and a second gateway on the same port would silently share its traffic.
         "enable_reuse_port": settings.concurrency > 1,
         "filter_chains": [
             {
