@@ -16,7 +16,7 @@ from typing import Final
 
 from extproc import messages
 from extproc.admission import Admission, Admitted, standing_headers
-from extproc.endpoints import Metered, ModelList, route
+from extproc.endpoints import ModelList, route
 from extproc.errors import Refused, refused
 from extproc.identity import secret_of
 from extproc.ledger.model import Accuracy, Ledger, UsageRecord
@@ -429,7 +429,7 @@ class Exchange:
     def _outcome(self) -> Outcome:
         if self._failed_by_envoy:
             return Outcome.UNREACHABLE
-        return Outcome.FAILED if 500 <= self._status else Outcome.OK
+        return Outcome.FAILED if self._status >= 500 else Outcome.OK
 
     def _write(self, engine: str, status: int, usage: Usage, accuracy: Accuracy, error: str) -> float:
         """Append the attempt's row; returns its duration in seconds."""
