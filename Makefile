@@ -43,3 +43,8 @@ lock: $(VENV)/.dev
 
 wire: $(VENV)/.dev
 	$(BIN)/python scripts/wire.py
+
+.PHONY: bench-gateway
+# What a request and a streamed chunk cost, against bare Envoy; writes docs/performance.md. Needs a C compiler, 10 minutes.
+bench-gateway: $(VENV)/.dev
+	$(BIN)/python -m bench.gateway $(ARGS)
