@@ -1,0 +1,83 @@
+"""`/v1/messages`, Anthropic's shape. The final values replace the first ones; they are never to be added. No [DONE].
+
+vLLM: `message_start` tells the whole prompt as input, `message_delta` the final split (with the details flag input
+excludes what was read from or written to the cache). SGLang: split at the start already, only output at the end.
+"""
+
+from simengine.answers.plan import Plan
+
+
+class MessagesAnswer:
+    """See `Answer`."""
+
+    __slots__ = ("_plan", "_sglang")
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._sglang = plan.flavor == "sglang"
+
+    def whole(self) -> bytes:
+        choice = self._plan.choices[0]
+        return self._message(
+            b'{"type":"text","text":"%b"}' % b"".join(choice.pieces),
+            b'"%b"' % self._stop_reason,
+            self._usage(len(choice.pieces), split=True),
+        )
+
+    def opening(self) -> list[bytes]:
+        start = self._message(b"", b"null", self._usage(0, split=self._sglang))
+        return [
+            b'event: message_start\ndata: {"type":"message_start","message":%b}\n\n' % start,
+            (
+                b'event: content_block_start\ndata: {"type":"content_block_start","index":0,'
+                b'"content_block":{"type":"text","text":""}}\n\n'
+            ),
+        ]
+
+    def tokens(self, first: int, last: int) -> list[bytes]:
+        return [
+            b'event: content_block_delta\ndata: {"type":"content_block_delta","index":0,'
+            b'"delta":{"type":"text_delta","text":"%b"}}\n\n' % piece
+            for piece in self._plan.choices[0].pieces[first:last]
+        ]
+
+    def closing(self) -> list[bytes]:
+        produced = len(self._plan.choices[0].pieces)
+        usage = b',"usage":{"output_tokens":%d}' % produced if self._sglang else self._usage(produced, split=True)
+        if self._plan.no_usage:
+            usage = b""
+        return [
+            b'event: content_block_stop\ndata: {"type":"content_block_stop","index":0}\n\n',
+            b'event: message_delta\ndata: {"type":"message_delta","delta":{"stop_reason":"%b","stop_sequence":null}'
+            b"%b}\n\n" % (self._stop_reason, usage),
+            b'event: message_stop\ndata: {"type":"message_stop"}\n\n',
+        ]
+
+    @property
+    def _stop_reason(self) -> bytes:
+        choice = self._plan.choices[0]
+        if choice.finish_reason == b"length":
+            return b"max_tokens"
+        return b"end_turn" if choice.stop_reason == b"null" else b"stop_sequence"
+
+    def _usage(self, output_tokens: int, split: bool) -> bytes:
+        plan = self._plan
+        if plan.no_usage:
+            return b""
+        if not split or not plan.details:
+            return b',"usage":{"input_tokens":%d,"output_tokens":%d}' % (plan.prompt_tokens, output_tokens)
+        # One token at least is computed, and blocks that are not full are not written.
+        read = plan.cached_tokens
+        size = plan.block_size_tokens
+        created = 0 if self._sglang else max(0, (plan.prompt_tokens - 1) // size * size - read)
+        return (
+            b',"usage":{"input_tokens":%d,"output_tokens":%d,"cache_creation_input_tokens":%d,'
+            b'"cache_read_input_tokens":%d}' % (plan.prompt_tokens - read - created, output_tokens, created, read)
+        )
+
+    def _message(self, content: bytes, stop_reason: bytes, usage: bytes) -> bytes:
+        plan = self._plan
+        return (
+            b'{"id":"chatcmpl-%b","type":"message","role":"assistant","content":[%b],"model":"%b",'
+            b'"stop_reason":%b,"stop_sequence":null%b}' % (plan.request_id, content, plan.model, stop_reason, usage)
+        )
