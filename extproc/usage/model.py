@@ -25,6 +25,10 @@ class Tap(Protocol):
     """a first content event has passed (for TTFT)"""
     done: bool
     """the API's own end mark was seen ([DONE], response.completed, message_stop, whole JSON)"""
+    final: bool
+    """`usage` is the engine's total; while false, it is only the state so far (charge `delivered_tokens` instead)"""
+    decodes: bool
+    """`feed` returns the body decoded: the caller drops content-encoding and content-length before it goes out"""
 
     def feed(self, chunk: bytes, end: bool) -> bytes | None:
         """One piece of the body. None: pass it on as it is. Bytes: pass these on instead (may be empty)."""

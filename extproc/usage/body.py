@@ -1,0 +1,99 @@
+"""Bodies that are not event streams: one JSON document, or something that nobody here can read."""
+
+import json
+import re
+
+import msgspec
+
+from extproc.usage.findings import TOKEN_BYTES, Findings
+from extproc.usage.model import Api
+from extproc.usage.shapes import Body, decode_body, failure, merge_anthropic, read_usage
+
+BODY_MAX = 1024 * 1024
+"""decoded whole up to here (about a millisecond); more is no answer in words but a set of vectors"""
+TAIL_BYTES = 64 * 1024
+"""of a longer body; every engine writes usage behind the vectors, choices or output"""
+
+_usage_key = re.compile(r'"usage"\s*:\s*(?=\{)')
+
+
+class JsonTap(Findings):
+    """A `Tap` for one JSON document. It is read at its end; until then nothing is known but that it began."""
+
+    __slots__ = ("_api", "_long", "_parts", "_size")
+
+    def __init__(self, api: Api) -> None:
+        super().__init__()
+        self._api = api
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._long = False
+
+    def feed(self, chunk: bytes, end: bool) -> bytes | None:
+        """Collects; always passes on as it is."""
+        if chunk:
+            self.started = True
+            self._size += len(chunk)
+            self._parts.append(chunk)
+            if self._size > BODY_MAX:
+                self._shorten()
+        if end and not self.done:
+            parts = self._parts
+            body = parts[0] if len(parts) == 1 else b"".join(parts)
+            self._parts = []
+            if self._long:
+                self._read_tail(body)
+            else:
+                self._read(body)
+        return None
+
+    def _shorten(self) -> None:
+        """Drop what the tail does not need; at most BODY_MAX are held between two of these."""
+        self._long = True
+        tail = b"".join(self._parts)[-TAIL_BYTES:]
+        self._parts = [tail]
+        self._size = len(tail)
+
+    def _read(self, data: bytes) -> None:
+        try:
+            body = decode_body(data)
+        except (msgspec.MsgspecError, UnicodeError, RecursionError):
+            return
+        self.done = True
+        self._take(body)
+
+    def _read_tail(self, tail: bytes) -> None:
+        """The last usage object. The key cannot stand in a text: there its quotes would be escaped."""
+        text = tail.decode("utf-8", "replace")
+        keys = [key.end() for key in _usage_key.finditer(text)]
+        if not keys:
+            return
+        try:
+            usage, _ = json.JSONDecoder().raw_decode(text, keys[-1])
+        except (ValueError, RecursionError):
+            return
+        self.done = True
+        self._take(Body(usage=usage))
+
+    def _take(self, body: Body) -> None:
+        self.error = failure(body)
+        self.usage = merge_anthropic({}, body.usage) if self._api == "messages" else read_usage(body.usage)
+        self.final = self.usage is not None
+
+    def delivered_tokens(self) -> int:
+        """The engine's count; of a body cut short, its bytes / 4, an upper estimate (the envelope is in it)."""
+        if self.usage is not None:
+            return self.usage.completion
+        if self.error or self._api in {"embeddings", "rerank", "score"}:
+            return 0
+        return sum(map(len, self._parts)) // TOKEN_BYTES
+
+
+class BlindTap(Findings):
+    """A `Tap` for content types and encodings that are not read: everything passes, nothing is found."""
+
+    __slots__ = ()
+
+    def feed(self, chunk: bytes, end: bool) -> bytes | None:
+        self.started = self.started or bool(chunk)
+        return None
