@@ -1,0 +1,204 @@
+"""Dynamo: a frontend that speaks HTTP, and workers that hold vLLM or SGLang.
+
+``dynamo run`` is gone; ``python3 -m dynamo.frontend`` and ``python3 -m dynamo.vllm|sglang`` are what starts.
+They find each other in one of three ways, tried in this order:
+
+* the user's own (``ETCD_ENDPOINTS`` or ``DYN_DISCOVERY_BACKEND`` in their environment);
+* the cluster's, where Dynamo's ``DynamoWorkerMetadata`` is served: frontends are a Deployment, workers a group;
+* none: each leader pod carries its own frontend beside the engine, and the two meet in a shared directory.
+
+A frontend is healthy without any worker, so its readiness asks whether a model is listed. A worker's status
+server tells nothing until ``DYN_SYSTEM_USE_ENDPOINT_HEALTH_STATUS`` names its endpoint.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+
+from controller.engines import sglang, vllm
+from controller.engines.arguments import Option, is_flag, merge, option_name
+from controller.engines.known import option_problems
+from controller.engines.model import (
+    SERVING_PORT,
+    Launch,
+    LaunchSpec,
+    MetricNames,
+    Probes,
+    Problem,
+    Sidecar,
+    Stage,
+    field_env,
+    http_probe,
+)
+from controller.engines.stopping import Stopping, stopping
+
+SYSTEM_PORT = 9090
+DISCOVERY_DIRECTORY = "/run/arks-dynamo"
+FRONTEND_METRICS = MetricNames(
+    running="dynamo_frontend_inflight_requests",
+    waiting="dynamo_frontend_queued_requests",
+    ttft_seconds="dynamo_frontend_time_to_first_token_seconds",
+    itl_seconds="dynamo_frontend_inter_token_latency_seconds",
+)
+# Options of the frontend that a user writes among the worker's.
+_FRONTEND_PREFIXES = ("router-", "http-", "migration-", "kserve-", "enable-anthropic-api")
+_MODEL_LISTED = (
+    "import json,sys,urllib.request as r;"
+    "sys.exit(0 if json.load(r.urlopen('http://127.0.0.1:%d/v1/models',timeout=4))['data'] else 1)"
+)
+
+
+class Discovery(enum.StrEnum):
+    USER = "user"
+    CLUSTER = "cluster"
+    POD = "pod"
+
+
+def discovery(spec: LaunchSpec) -> Discovery:
+    if spec.env_names & {"ETCD_ENDPOINTS", "DYN_DISCOVERY_BACKEND"}:
+        return Discovery.USER
+    return Discovery.CLUSTER if spec.cluster_discovery else Discovery.POD
+
+
+def backend(spec: LaunchSpec) -> str:
+    """Which engine an image holds: its name says (``sglang-runtime``, ``vllm-runtime``), vLLM otherwise."""
+    return "sglang" if "sglang" in spec.image else "vllm"
+
+
+def dynamo_namespace(spec: LaunchSpec) -> str:
+    """One Dynamo namespace per application: two applications on one etcd must not mix."""
+    return f"{spec.namespace}-{spec.application}"
+
+
+def split_arguments(tokens: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(the workers', the frontend's): an option carries its values along."""
+    mine: list[str] = []
+    theirs: list[str] = []
+    target = mine
+    for token in tokens:
+        if is_flag(token):
+            target = theirs if option_name(token, {}).startswith(_FRONTEND_PREFIXES) else mine
+        target.append(token)
+    return tuple(mine), tuple(theirs)
+
+
+def _environment(spec: LaunchSpec, *names: Mapping[str, object]) -> tuple[Mapping[str, object], ...]:
+    shared: list[Mapping[str, object]] = [{"name": "DYN_NAMESPACE", "value": dynamo_namespace(spec)}]
+    match discovery(spec):
+        case Discovery.CLUSTER:
+            shared += [
+                {"name": "DYN_DISCOVERY_BACKEND", "value": "kubernetes"},
+                field_env("POD_NAME", "metadata.name"),
+                field_env("POD_NAMESPACE", "metadata.namespace"),
+                field_env("POD_UID", "metadata.uid"),
+            ]
+        case Discovery.POD:
+            shared += [
+                {"name": "DYN_DISCOVERY_BACKEND", "value": "file"},
+                {"name": "DYN_FILE_KV", "value": DISCOVERY_DIRECTORY},
+            ]
+        case Discovery.USER:
+            pass
+    return (*shared, field_env("POD_IP", "status.podIP"), *names)
+
+
+def _frontend_probes(port: int) -> Probes:
+    listed = {"exec": {"command": ["python3", "-c", _MODEL_LISTED % port]}}
+    return Probes(
+        startup=http_probe("/live", port, period_s=5, timeout_s=5, failures=60),
+        readiness={**listed, "periodSeconds": 5, "timeoutSeconds": 6, "failureThreshold": 2},
+        liveness=http_probe("/live", port, period_s=10, timeout_s=5, failures=6),
+    )
+
+
+def frontend(spec: LaunchSpec, *, port: int = SERVING_PORT, args: Sequence[str] = ()) -> Launch:
+    """The HTTP side. ``args`` are the router's own where the resource has them apart from the workers'."""
+    given = (*split_arguments(spec.args)[1], *args)
+    command = ("python3", "-m", "dynamo.frontend", *merge([("--http-port", str(port))], given, {}))
+    stop = stopping(spec.grace_s)
+    problems = () if spec.allow_unknown else option_problems("dynamo-frontend", spec.version, given, spec.args_field)
+    return Launch(
+        command,
+        env=_environment(spec),
+        ports=(("http", port),),
+        probes=_frontend_probes(port),
+        lifecycle=stop.lifecycle,
+        grace_s=stop.grace_s,
+        metrics_port=port,
+        metrics=FRONTEND_METRICS,
+        problems=problems,
+    )
+
+
+def _worker_options(spec: LaunchSpec) -> tuple[list[Option], Mapping[str, str]]:
+    if backend(spec) == "sglang":
+        return sglang.engine_options(spec), sglang.ALIASES
+    options: list[Option] = [("--model", spec.model_path), *vllm.engine_options(spec)]
+    if spec.stage is not Stage.WHOLE:
+        options.append(("--disaggregation-mode", spec.stage.value))
+    if spec.lora:
+        options.append(("--enable-lora",))
+    return options, vllm.ALIASES
+
+
+def _worker_probes() -> Probes:
+    return Probes(
+        startup=http_probe("/live", SYSTEM_PORT, period_s=10, timeout_s=5, failures=720),
+        readiness=http_probe("/health", SYSTEM_PORT, period_s=10, timeout_s=5, failures=3),
+        liveness=http_probe("/live", SYSTEM_PORT, period_s=10, timeout_s=5, failures=6),
+    )
+
+
+def _problems(spec: LaunchSpec, args: Sequence[str]) -> tuple[Problem, ...]:
+    problems: tuple[Problem, ...] = ()
+    if not spec.allow_unknown:
+        problems = option_problems(f"dynamo-{backend(spec)}", spec.version, args, spec.args_field)
+    if backend(spec) == "vllm":
+        problems += vllm.parallelism_problems(spec)
+    if spec.stage is not Stage.WHOLE and discovery(spec) is Discovery.POD:
+        problems += (
+            Problem(
+                "DynamoDiscoveryMissing",
+                "spec.runtime",
+                "prefill and decode pods of Dynamo find each other through DynamoWorkerMetadata "
+                "(nvidia.com/v1alpha1), which this cluster does not serve, or through ETCD_ENDPOINTS in "
+                "instanceSpec.env, which is not set",
+            ),
+        )
+    return problems
+
+
+def launch(spec: LaunchSpec) -> Launch:
+    """A worker; in a cluster without discovery, the leader's pod gets its own frontend as a sidecar."""
+    mine, _ = split_arguments(spec.args)
+    stop: Stopping = stopping(spec.grace_s)
+    options, aliases = _worker_options(spec)
+    command = ("python3", "-m", f"dynamo.{backend(spec)}", *merge(options, mine, aliases))
+    env = (*vllm.rank_env(spec), *(vllm.transfer_env(spec) if backend(spec) == "vllm" else ()))
+    metrics = sglang.METRICS if backend(spec) == "sglang" else vllm.METRICS
+    if spec.headless:
+        return Launch(command, env=(*_environment(spec), *env), grace_s=stop.grace_s, metrics=metrics)
+    status = (
+        {"name": "DYN_SYSTEM_PORT", "value": str(SYSTEM_PORT)},
+        {"name": "DYN_SYSTEM_HOST", "value": "0.0.0.0"},
+        {"name": "DYN_SYSTEM_USE_ENDPOINT_HEALTH_STATUS", "value": '["generate"]'},
+    )
+    sidecars: tuple[Sidecar, ...] = ()
+    alone = discovery(spec) is Discovery.POD and spec.stage is Stage.WHOLE
+    if alone:
+        front = frontend(spec)
+        sidecars = (Sidecar("frontend", front.command, front.env, front.ports, front.probes),)
+    return Launch(
+        command,
+        env=_environment(spec, *status, *env),
+        ports=(("system", SYSTEM_PORT),),
+        probes=_worker_probes(),
+        lifecycle=stop.lifecycle,
+        grace_s=stop.grace_s,
+        metrics_port=SYSTEM_PORT,
+        metrics=metrics,
+        sidecars=sidecars,
+        scratch=(("arks-dynamo", DISCOVERY_DIRECTORY),) if discovery(spec) is Discovery.POD else (),
+        problems=_problems(spec, mine) + (frontend(spec).problems if alone else ()),
+    )
