@@ -15,7 +15,7 @@ class DecodingTap(Findings):
     """Feeds the decoded body to another tap and shows what that one finds.
 
     With `replace`, the decoded bytes go out, less the hidden event (`decodes` tells the caller to drop
-    content-encoding). A body that does not decode fails as `engine_bad_encoding`; from there its bytes pass on untouched.
+    content-encoding). A body that does not decode fails as `engine_bad_encoding`; from there its bytes pass untouched.
     """
 
     __slots__ = ("_decoder", "_deflate", "_inner", "_start")

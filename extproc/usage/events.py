@@ -49,9 +49,9 @@ def _function_texts(call: Any) -> list[Any]:
 def _delta_texts(delta: dict[str, Any]) -> list[str]:
     """Every string that the model wrote. vLLM sends reasoning under its old and its new name: counted once."""
     content = delta.get("content")
-    texts: list[Any] = (
-        [part.get("text") for part in content if type(part) is dict] if type(content) is list else [content]
-    )
+    texts: list[Any] = [content]
+    if type(content) is list:
+        texts = [part.get("text") for part in content if type(part) is dict]
     texts += [delta.get("reasoning_content") or delta.get("reasoning"), delta.get("refusal")]
     calls = delta.get("tool_calls")
     if type(calls) is list:
@@ -152,9 +152,8 @@ def read_messages(found: Findings, name: bytes, data: bytes) -> Reading:
         return NOTHING
     kind = event.type if type(event.type) is str else name.decode("latin-1")
     if kind == "content_block_delta" and type(event.delta) is dict:
-        delta = event.delta
-        texts = [delta.get("text"), delta.get("thinking"), delta.get("partial_json")]
-        texts = [text for text in texts if type(text) is str and text]
+        values = [event.delta.get(field) for field in ("text", "thinking", "partial_json")]
+        texts = [text for text in values if type(text) is str and text]
         if texts:
             found.started = True
             found.events += 1

@@ -47,11 +47,11 @@ class Findings:
         no usage       E, where E = events, if text_bytes <= 8 x events, else text_bytes / 4 rounded up
         running usage  its completion tokens + E of what came after it (several choices: the larger of the two)
 
-        Engines send one token per content event while they keep up (vLLM: 1500 tokens in 1487 to 1502 events; a token that
-        ends inside a character has an event with empty text, which counts). Responses and Anthropic deltas and engines
-        that send every n-th step hold several tokens: their events carry 9 bytes and more on average, and then only the
-        text tells. The larger of the two counts would overcharge every stream whose tokens are longer than 4 bytes.
-        Not seen, so not counted: tokens that the engine swallowed (Dynamo drops empty deltas, tool and reasoning marks).
+        Engines send one token per content event while they keep up (vLLM: 1500 tokens in 1487 to 1502 events; a token
+        that ends inside a character has an event with empty text, which counts). Responses and Anthropic deltas and
+        engines that send every n-th step hold several tokens: their events carry 9 bytes and more on average, and then
+        only the text tells. The larger of both would overcharge every stream whose tokens are longer than 4 bytes.
+        Not seen, so not counted: what the engine swallowed (Dynamo drops empty deltas; tool and reasoning marks).
         """
         events, text_bytes = self.events, self.text_bytes
         since = events if text_bytes <= CROWDED_BYTES * events else -(-text_bytes // TOKEN_BYTES)

@@ -2,8 +2,8 @@
 
 Learned from a decoded event whose text stands once in it, with nothing escaped anywhere: then that place is the text's,
 and any other whole string there gives the same event with another text. So no usage, error or other key can hide in an
-event that fits, whatever its text says. Strings with a \\u escape do not fit: six bytes for a character would spoil the
-estimate.
+event that fits, whatever its text says. Strings with a unicode escape do not fit: six bytes for a character would spoil
+the estimate.
 """
 
 import re

@@ -1,7 +1,7 @@
 """The engines' JSON for usage and for failure, read leniently: a field of a foreign type is as good as absent.
 
-Fields are `Any` on purpose. A typed decode would lose the whole event over one odd field beside the one we need; what msgspec
-does not find in the struct it skips without building it. Numbers outside 0..2^53 are no counts.
+Fields are `Any` on purpose. A typed decode would lose the whole event over one odd field beside the one we need; what
+msgspec does not find in the struct it skips without building it. Numbers outside 0..2^53 are no counts.
 """
 
 from typing import Any
@@ -54,38 +54,43 @@ def _count(value: Any) -> int | None:
     return None
 
 
-def _detail(usage: dict[str, Any], name: str, field: str) -> int:
-    details = usage.get(name)
+def _detail(details: Any, field: str) -> int:
     return (_count(details.get(field)) or 0) if type(details) is dict else 0
 
 
 def read_usage(usage: Any) -> Usage | None:
     """OpenAI chat, completions, embeddings, rerank, score (prompt_tokens) and responses (input_tokens).
 
-    Cached and reasoning tokens are parts of prompt and completion; SGLang has `reasoning_tokens` at the top level. Rerank has
-    no completion_tokens, some rerankers only total_tokens.
+    Cached and reasoning tokens are parts of prompt and completion; SGLang has `reasoning_tokens` at the top level.
+    Rerank has no completion_tokens, some rerankers only total_tokens.
     """
     if type(usage) is not dict:
         return None
-    prompt = _count(usage.get("prompt_tokens"))
-    if prompt is not None:
-        completion = _count(usage.get("completion_tokens"))
-        cached = _detail(usage, "prompt_tokens_details", "cached_tokens")
-        reasoning = _detail(usage, "completion_tokens_details", "reasoning_tokens")
-    else:
-        prompt = _count(usage.get("input_tokens"))
-        completion = _count(usage.get("output_tokens"))
-        cached = _detail(usage, "input_tokens_details", "cached_tokens")
-        reasoning = _detail(usage, "output_tokens_details", "reasoning_tokens")
-    total = _count(usage.get("total_tokens"))
+    get = usage.get
+    prompt, completion = get("prompt_tokens"), get("completion_tokens")
+    cached_in, reasoning_in = get("prompt_tokens_details"), get("completion_tokens_details")
+    # The usual case first: two counts and nothing about their parts.
+    plain = (
+        type(prompt) is int and type(completion) is int and 0 <= prompt <= _COUNT_MAX and 0 <= completion <= _COUNT_MAX
+    )
+    if plain and cached_in is None and reasoning_in is None and "reasoning_tokens" not in usage:
+        return Usage(prompt, completion)
+    prompt, completion = _count(prompt), _count(completion)
     if prompt is None:
-        if total is None:
-            return None
-        prompt = max(0, total - (completion or 0))
-    if completion is None:
-        completion = max(0, total - prompt) if total is not None else 0
+        cached_in, reasoning_in = get("input_tokens_details"), get("output_tokens_details")
+        prompt, completion = _count(get("input_tokens")), _count(get("output_tokens"))
+    if prompt is None or completion is None:
+        total = _count(get("total_tokens"))
+        if prompt is None:
+            if total is None:
+                return None
+            prompt = max(0, total - (completion or 0))
+        if completion is None:
+            completion = max(0, total - prompt) if total is not None else 0
+    cached = _detail(cached_in, "cached_tokens") if cached_in is not None else 0
+    reasoning = _detail(reasoning_in, "reasoning_tokens") if reasoning_in is not None else 0
     if not reasoning:
-        reasoning = _count(usage.get("reasoning_tokens")) or 0
+        reasoning = _count(get("reasoning_tokens")) or 0
     return Usage(prompt, completion, min(cached, prompt), min(reasoning, completion))
 
 
@@ -93,7 +98,7 @@ _ANTHROPIC_FIELDS = ("input_tokens", "cache_creation_input_tokens", "cache_read_
 
 
 def merge_anthropic(newest: dict[str, int], usage: Any) -> Usage | None:
-    """Take over every field that `usage` has, and count: input_tokens excludes what was written to and read from the cache.
+    """Take over every field that `usage` has, and count: input_tokens excludes what the cache wrote and gave.
 
     vLLM repeats all fields in message_delta with the final split, SGLang only output_tokens.
     """
@@ -132,7 +137,7 @@ def failure(body: Event | Body) -> str:
     (Dynamo), {"detail": ...} (FastAPI), a response object with status "failed".
     """
     error = body.error
-    if error is not None and error is not False and error != "":  # noqa: PLC1901 - {} is an error, "" is none
+    if error is not None and error is not False and error != "":  # {} is an error
         return _reason(error)
     if body.object == "error" or body.type == "error":
         return _reason({"code": body.code, "type": body.type})
