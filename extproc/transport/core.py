@@ -39,8 +39,10 @@ class Call(Protocol):
         Raise `GrpcError(status, message)` to end the stream with a status of choice.
         """
 
-    def on_half_close(self) -> None:
-        """The peer will send no more. The server sends trailers (OK) right after this returns."""
+    def on_half_close(self) -> bool | None:
+        """The peer will send no more. The server sends trailers (OK) right after this returns, unless it returns
+        True: then the call goes on sending until `Stream.finish`, as the answer to a single request does.
+        """
 
     def on_close(self, reason: CloseReason) -> None:
         """The stream is over. Called exactly once, also after an exception."""
