@@ -6,6 +6,9 @@ import msgspec
 
 Accuracy: TypeAlias = Literal["exact", "estimated"]
 
+LEASE_EXPIRED = "lease_expired"
+"""`UsageRecord.error` of the estimate that a lease leaves behind when nobody settled it in time"""
+
 
 class UsageRecord(msgspec.Struct, frozen=True):
     id: str

@@ -1,0 +1,416 @@
+"""The embedded limit store: counters in memory, on the event loop's thread, without a lock or an await.
+
+A lease takes its amounts from every counter of its rules at once, or from none. It ends once: settled (the truth is
+charged, also above what was reserved), released (nothing is charged), or expired (the reservation is charged, and an
+estimated usage row is left). A settle after expiry corrects the charge, once. A lease whose window is over no longer
+touches its counter: the new window owes it nothing.
+
+Time never runs backwards here. Where the clock is set back by less than a minute, the store waits for it to catch up;
+further back, windows that have not begun are forgotten.
+
+Pass the same tuple object of rules for the same grant: it is compiled once, and then found by its identity.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import msgspec
+import structlog
+
+from extproc.journal.writer import Journal
+from extproc.ledger.model import Ledger
+from extproc.limits.context import expired_record
+from extproc.limits.counter import CONCURRENT, NEVER, UNITS, Check, Counter, Plan
+from extproc.limits.model import Amounts, Lease, Refusal, Rule, Standing, StoreUnavailable
+from extproc.limits.saved import Holds, SavedLimits
+
+MAX_AMOUNT = (1 << 53) - 1
+MAX_PLANS = 16_384
+MAX_BOOKS = 64
+EXPIRE_AT_ONCE = 200
+DROP_AT_ONCE = 2_000
+TICK_S = 1.0
+CLEAN_S = 60.0
+CLOCK_SLACK_S = 60.0
+CONCURRENT_RETRY_S = 1.0
+_new = tuple.__new__
+"""half the cost of a named tuple's own constructor"""
+_NOTHING = Amounts(0, 0, 0)
+_ANY = 1 << 64
+"""more than is ever left of a limit"""
+
+
+class CounterView(NamedTuple):
+    key: str
+    window_s: int
+    start_s: int
+    used: int
+    """charged"""
+    reserved: int
+    """held by open leases"""
+
+
+@dataclass(slots=True)
+class StoreStats:
+    expired: int = 0
+    """leases that nobody settled in time"""
+    corrected: int = 0
+    """of these, settled or released later"""
+    overspent: int = 0
+    """settles above the reservation"""
+
+
+class MemoryStore:
+    """Implements `LimitStore`. With a journal it continues where the last process stopped. Raises StateUnreadable."""
+
+    def __init__(
+        self,
+        *,
+        clock: Callable[[], float] = time.time,
+        journal: Journal | None = None,
+        ledger: Ledger | None = None,
+    ) -> None:
+        self.stats = StoreStats()
+        self._clock = clock
+        self._journal = journal
+        self._ledger = ledger
+        self._counters: dict[str, Counter] = {}
+        self._plans: dict[int, Plan] = {}
+        self._books: dict[float, dict[str, Lease]] = {}
+        """open leases by their time to live: within one book the order of admission is the order of expiry"""
+        self._now_s = clock()
+        self._tick_at_s = self._now_s
+        self._clean_at_s = self._now_s + CLEAN_S
+        self._cleaning: list[Counter] = []
+        self._log = structlog.get_logger("limits")
+        self._saved = SavedLimits(self._counters)
+        if journal is not None:
+            book = self._books[-NEVER] = {}
+            for lease in self._saved.restore(journal, self._now_s):
+                plan, at_s, _, expires_s, context = lease.holds
+                lease.holds = (plan, at_s, book, expires_s, context)
+                book[lease.id] = lease
+            journal.attach(self._saved)
+
+    # -- the hot path
+
+    def reserve(
+        self, lease_id: str, rules: tuple[Rule, ...], amounts: Amounts, *, ttl_s: float, context: bytes = b""
+    ) -> Lease | Refusal:
+        """All rules or none. Raises StoreUnavailable; ValueError for an id that is open or an amount out of range."""
+        now = self._clock()
+        if now < self._now_s:
+            now = self._set_back(now)
+        self._now_s = now
+        if now >= self._tick_at_s:
+            self._tick(now)
+        journal = self._journal
+        if journal is not None and journal.refusing:
+            raise StoreUnavailable(f"usage cannot be saved ({journal.status.reason or 'backlog'})")
+        requests, prompt, response = amounts
+        if (requests | prompt | response) >> 53:
+            raise ValueError(f"amount out of range: {amounts}")
+        plan = self._plans.get(id(rules))
+        if plan is None or plan.rules is not rules:
+            plan = self._compile(rules, now)
+        book = self._books.get(ttl_s)
+        if book is None:
+            book, ttl_s = self._book(ttl_s)
+        if lease_id in book:
+            raise ValueError("this lease is open")
+        asked = (requests, prompt, response, prompt + response, 1)
+
+        # Taken while checking, and put back by `_refuse`: nobody else runs in between.
+        least_requests = least_tokens = _ANY
+        for counter, limit, _ in plan.requests:
+            if now >= counter.end_s:
+                counter.roll(now)
+            counter.taken = taken = counter.taken + requests
+            left = limit - taken
+            if left < least_requests:
+                if left < 0:
+                    if requests:
+                        return self._refuse(plan, asked, counter, now)
+                    left = 0
+                least_requests = left
+                tight_requests = counter
+                limit_requests = limit
+        for counter, limit, unit in plan.tokens:
+            if now >= counter.end_s:
+                counter.roll(now)
+            counter.taken = taken = counter.taken + asked[unit]
+            left = limit - taken
+            if left < least_tokens:
+                if left < 0:
+                    if asked[unit]:
+                        return self._refuse(plan, asked, counter, now)
+                    left = 0
+                least_tokens = left
+                tight_tokens = counter
+                limit_tokens = limit
+        for counter, limit, _ in plan.concurrent:
+            counter.taken = taken = counter.taken + 1
+            if taken > limit:
+                return self._refuse(plan, asked, counter, now)
+
+        standing_requests = standing_tokens = None
+        if least_requests is not _ANY:
+            end_s = tight_requests.end_s
+            reset_s = end_s - now if end_s is not NEVER else 0.0
+            standing_requests = _new(Standing, (limit_requests, least_requests, reset_s))
+        if least_tokens is not _ANY:
+            end_s = tight_tokens.end_s
+            reset_s = end_s - now if end_s is not NEVER else 0.0
+            standing_tokens = _new(Standing, (limit_tokens, least_tokens, reset_s))
+        lease = Lease(lease_id, amounts, standing_requests, standing_tokens, (plan, now, book, now + ttl_s, context))
+        book[lease_id] = lease
+        if journal is not None:
+            self._saved.opened.append(lease)
+            if journal.idle:
+                journal.wake()
+        return lease
+
+    def settle(self, lease: Lease, actual: Amounts) -> None:
+        """Charge what was used and return the rest. A second call for the same lease does nothing."""
+        holds: Holds | None = lease.holds
+        if holds is None:
+            return
+        lease.holds = None
+        requests, prompt, response = actual
+        if (requests | prompt | response) >> 53:
+            # An engine's word, not ours: an absurd count must neither break a counter nor leave the lease open.
+            requests, prompt, response = (min(max(n, 0), MAX_AMOUNT) for n in actual)
+        held_requests, held_prompt, held_response = lease.amounts
+        more_prompt = prompt - held_prompt
+        more_response = response - held_response
+        if more_prompt > 0 or more_response > 0:
+            self.stats.overspent += 1
+        plan, at_s, book, _, _ = holds
+        charge = (requests, prompt, response, prompt + response, 0)
+        if book is None:
+            # Expired: the counters were charged what was held, and the concurrent slot is free already.
+            self.stats.corrected += 1
+            change = (requests - held_requests, more_prompt, more_response, more_prompt + more_response, 0)
+            charge = change
+        else:
+            change = (requests - held_requests, more_prompt, more_response, more_prompt + more_response, -1)
+            book.pop(lease.id, None)
+        journal = self._journal
+        if journal is None:
+            for counter, unit in plan.holds:
+                if counter.start_s <= at_s:
+                    counter.used += charge[unit]
+                    counter.taken += change[unit]
+            return
+        # The order is what `SavedLimits` relies on: closed, then charged, then marked.
+        self._saved.closed.append(lease.id)
+        for counter, unit in plan.holds:
+            if counter.start_s <= at_s:
+                counter.used += charge[unit]
+                counter.taken += change[unit]
+        if not plan.changed:
+            plan.changed = True
+            self._saved.changed.append(plan)
+        if journal.idle:
+            journal.wake()
+
+    def release(self, lease: Lease) -> None:
+        """Return everything: the request reached no engine, or the engine failed it. Idempotent like `settle`."""
+        self.settle(lease, _NOTHING)
+
+    # -- once a second
+
+    def tick(self) -> None:
+        """Expire leases and drop idle counters, a bounded piece of each. The loop calls it while no request does."""
+        now = self._clock()
+        if now < self._now_s:
+            now = self._set_back(now)
+        self._now_s = now
+        self._tick(now)
+
+    def _tick(self, now: float) -> None:
+        self._tick_at_s = now + TICK_S
+        if self._journal is not None:
+            self._journal.check()
+        room = EXPIRE_AT_ONCE
+        for ttl_s, book in list(self._books.items()):
+            due: list[Lease] = []
+            for lease in book.values():
+                if lease.holds[3] > now or len(due) == room:
+                    break
+                due.append(lease)
+            for lease in due:
+                self._expire(lease, now)
+            room -= len(due)
+            if not book:
+                del self._books[ttl_s]
+        if not room:
+            self._tick_at_s = now
+        self._clean(now)
+
+    def _expire(self, lease: Lease, now: float) -> None:
+        plan, at_s, book, expires_s, context = lease.holds
+        lease.holds = (plan, at_s, None, expires_s, b"")
+        book.pop(lease.id)
+        self.stats.expired += 1
+        requests, prompt, response = lease.amounts
+        charge = (requests, prompt, response, prompt + response, 0)
+        self._saved_closed(lease.id)
+        for counter, unit in plan.holds:
+            if counter.start_s <= at_s:
+                counter.used += charge[unit]
+                if unit == CONCURRENT:
+                    counter.taken -= 1
+        self._saved_changed(plan)
+        if self._ledger is not None and context:
+            try:
+                self._ledger.append(expired_record(context, lease.amounts, now))
+            except msgspec.MsgspecError:
+                self._log.error("lease_context_unreadable", lease=lease.id)
+
+    def _clean(self, now: float) -> None:
+        """Drop counters that say nothing: windows that ended, and sums of nothing. They come back when asked for."""
+        if not self._cleaning:
+            if now < self._clean_at_s:
+                return
+            self._clean_at_s = now + CLEAN_S
+            self._cleaning = list(self._counters.values())
+        dropped = False
+        for counter in self._cleaning[-DROP_AT_ONCE:]:
+            nothing = not counter.taken and not counter.used and counter.saved is None
+            idle = now >= counter.end_s or (nothing and not counter.window_s)
+            if idle and self._counters.get(counter.key) is counter:
+                del self._counters[counter.key]
+                dropped = True
+        del self._cleaning[-DROP_AT_ONCE:]
+        if dropped:
+            self._plans.clear()
+
+    # -- for metrics and an admin
+
+    @property
+    def open_leases(self) -> int:
+        return sum(map(len, self._books.values()))
+
+    def used(self, key: str) -> int:
+        """Charged in the current window; 0 for a counter that nobody used."""
+        counter = self._counters.get(key)
+        return 0 if counter is None or self._clock() >= counter.end_s else counter.used
+
+    def reserved(self, key: str) -> int:
+        """Held by open leases in the current window."""
+        counter = self._counters.get(key)
+        return 0 if counter is None or self._clock() >= counter.end_s else counter.taken - counter.used
+
+    def counters(self) -> Iterator[CounterView]:
+        """A snapshot: every counter whose window has not ended."""
+        now = self._clock()
+        for counter in list(self._counters.values()):
+            if now < counter.end_s:
+                reserved = counter.taken - counter.used
+                yield CounterView(counter.key, counter.window_s, counter.start_s, counter.used, reserved)
+
+    def set_used(self, key: str, used: int, *, window_s: int = 0) -> None:
+        """Set what was charged, as 0 to reset a quota; open leases keep what they hold. `window_s` of a new counter."""
+        if not 0 <= used <= MAX_AMOUNT:
+            raise ValueError(f"used out of range: {used}")
+        counter = self._counter(key, window_s if key not in self._counters else self._counters[key].window_s)
+        if self._now_s >= counter.end_s:
+            counter.roll(self._now_s)
+        counter.taken += used - counter.used
+        counter.used = used
+        self._saved_changed(Plan((), [(counter, 0, UNITS["total"])]))
+
+    # -- seldom
+
+    def _refuse(self, plan: Plan, asked: tuple[int, ...], stopped_at: Counter, now: float) -> Refusal:
+        """Put back what was taken up to the counter that did not fit; then name the first rule, in the caller's order,
+        that does not.
+        """
+        for counter, unit in plan.holds:
+            counter.taken -= asked[unit]
+            if counter is stopped_at:
+                break
+        refusing: Rule | None = None
+        retry_after_s: float | None = None
+        used = takes = 0
+        for rule, (counter, _, unit) in zip(plan.rules, plan.checks, strict=True):
+            if now >= counter.end_s:
+                counter.roll(now)
+            if refusing is None and asked[unit] and counter.taken + asked[unit] > rule.limit:
+                refusing, used, takes = rule, counter.taken, asked[unit]
+                if unit == CONCURRENT:
+                    retry_after_s = CONCURRENT_RETRY_S
+                elif rule.window_s:
+                    retry_after_s = counter.end_s - now
+        assert refusing is not None
+        return Refusal(
+            rule=refusing,
+            used=used,
+            asked=takes,
+            retry_after_s=retry_after_s,
+            requests=_tightest(plan.requests, now),
+            tokens=_tightest(plan.tokens, now),
+        )
+
+    def _compile(self, rules: tuple[Rule, ...], now: float) -> Plan:
+        checks = []
+        for rule in rules:
+            window_s = 0 if rule.unit == "concurrent" else rule.window_s
+            checks.append((self._counter(rule.key, window_s), rule.limit, UNITS[rule.unit]))
+        if len(self._plans) >= MAX_PLANS:
+            self._plans.clear()
+        plan = self._plans[id(rules)] = Plan(rules, checks)
+        return plan
+
+    def _counter(self, key: str, window_s: int) -> Counter:
+        counter = self._counters.get(key)
+        if counter is not None and counter.window_s == window_s:
+            return counter
+        if counter is not None:
+            # Plans that know the key with its former window would go on with the old counter.
+            self._plans.clear()
+        counter = self._counters[key] = Counter(key, window_s, self._now_s)
+        return counter
+
+    def _book(self, ttl_s: float) -> tuple[dict[str, Lease], float]:
+        """The book for a time to live. Callers use a few; where they use many, powers of two stand in for them."""
+        if not ttl_s > 0 or ttl_s == NEVER:
+            raise ValueError(f"ttl_s out of range: {ttl_s}")
+        if len(self._books) >= MAX_BOOKS:
+            ttl_s = float(1 << max(0, int(ttl_s)).bit_length())
+        return self._books.setdefault(ttl_s, {}), ttl_s
+
+    def _set_back(self, now: float) -> float:
+        """The clock shows less than before. Returns the time to go on with."""
+        if self._now_s - now <= CLOCK_SLACK_S:
+            return self._now_s
+        self._log.warning("clock_set_back", seconds=round(self._now_s - now))
+        for counter in list(self._counters.values()):
+            if counter.start_s > now:
+                del self._counters[counter.key]
+        self._plans.clear()
+        self._cleaning.clear()
+        self._tick_at_s = now
+        self._clean_at_s = now + CLEAN_S
+        return now
+
+    def _saved_closed(self, lease_id: str) -> None:
+        if self._journal is not None:
+            self._saved.closed.append(lease_id)
+
+    def _saved_changed(self, plan: Plan) -> None:
+        if self._journal is not None:
+            if not plan.changed:
+                plan.changed = True
+                self._saved.changed.append(plan)
+            self._journal.wake()
+
+
+def _tightest(checks: tuple[Check, ...], now: float) -> Standing | None:
+    if not checks:
+        return None
+    counter, limit, _ = min(checks, key=lambda check: check[1] - check[0].taken)
+    return Standing(limit, max(limit - counter.taken, 0), counter.end_s - now if counter.window_s else 0.0)
