@@ -7,13 +7,14 @@ import msgspec
 
 from extproc.usage.findings import TOKEN_BYTES, Findings
 from extproc.usage.model import Api
-from extproc.usage.shapes import Body, decode_body, failure, merge_anthropic, read_usage
+from extproc.usage.shapes import Body, decode_body, failure, merge_anthropic, read_usage, read_usual_body
 
 BODY_MAX = 1024 * 1024
 """decoded whole up to here (about a millisecond); more is no answer in words but a set of vectors"""
 TAIL_BYTES = 64 * 1024
 """of a longer body; every engine writes usage behind the vectors, choices or output"""
 
+_OPENAI = {"chat", "completions", "embeddings"}
 _usage_key = re.compile(r'"usage"\s*:\s*(?=\{)')
 
 
@@ -55,6 +56,11 @@ class JsonTap(Findings):
         self._size = len(tail)
 
     def _read(self, data: bytes) -> None:
+        if self._api in _OPENAI:
+            self.usage = read_usual_body(data)
+            if self.usage is not None:
+                self.done = self.final = True
+                return
         try:
             body = decode_body(data)
         except (msgspec.MsgspecError, UnicodeError, RecursionError):

@@ -4,7 +4,7 @@ Fields are `Any` on purpose. A typed decode would lose the whole event over one 
 msgspec does not find in the struct it skips without building it. Numbers outside 0..2^53 are no counts.
 """
 
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 import msgspec
 
@@ -42,8 +42,32 @@ class Body(msgspec.Struct):
     detail: Any = None
 
 
+_Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=_COUNT_MAX)]
+
+
+class _UsualDetails(msgspec.Struct):
+    cached_tokens: _Count | None = None
+    reasoning_tokens: _Count | None = None
+
+
+class _UsualUsage(msgspec.Struct):
+    prompt_tokens: _Count
+    completion_tokens: _Count
+    prompt_tokens_details: _UsualDetails | None = None
+    completion_tokens_details: _UsualDetails | None = None
+    reasoning_tokens: _Count | None = None
+
+
+class _UsualBody(msgspec.Struct):
+    """A chat, completions or embeddings answer in its exact shape; whatever deviates does not decode."""
+
+    usage: _UsualUsage
+    error: None = None
+
+
 decode_event = msgspec.json.Decoder(Event).decode
 decode_body = msgspec.json.Decoder(Body).decode
+_decode_usual_body = msgspec.json.Decoder(_UsualBody).decode
 
 
 def _count(value: Any) -> int | None:
@@ -67,15 +91,8 @@ def read_usage(usage: Any) -> Usage | None:
     if type(usage) is not dict:
         return None
     get = usage.get
-    prompt, completion = get("prompt_tokens"), get("completion_tokens")
+    prompt, completion = _count(get("prompt_tokens")), _count(get("completion_tokens"))
     cached_in, reasoning_in = get("prompt_tokens_details"), get("completion_tokens_details")
-    # The usual case first: two counts and nothing about their parts.
-    plain = (
-        type(prompt) is int and type(completion) is int and 0 <= prompt <= _COUNT_MAX and 0 <= completion <= _COUNT_MAX
-    )
-    if plain and cached_in is None and reasoning_in is None and "reasoning_tokens" not in usage:
-        return Usage(prompt, completion)
-    prompt, completion = _count(prompt), _count(completion)
     if prompt is None:
         cached_in, reasoning_in = get("input_tokens_details"), get("output_tokens_details")
         prompt, completion = _count(get("input_tokens")), _count(get("output_tokens"))
@@ -92,6 +109,22 @@ def read_usage(usage: Any) -> Usage | None:
     if not reasoning:
         reasoning = _count(get("reasoning_tokens")) or 0
     return Usage(prompt, completion, min(cached, prompt), min(reasoning, completion))
+
+
+def read_usual_body(data: bytes) -> Usage | None:
+    """The usage of an answer in its exact OpenAI shape, in one decode; None where `decode_body` must look."""
+    try:
+        usage = _decode_usual_body(data).usage
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        return None
+    prompt, completion = usage.prompt_tokens, usage.completion_tokens
+    cached, reasoning = usage.prompt_tokens_details, usage.completion_tokens_details
+    return Usage(
+        prompt,
+        completion,
+        min((cached.cached_tokens or 0) if cached is not None else 0, prompt),
+        min((reasoning.reasoning_tokens if reasoning is not None else None) or usage.reasoning_tokens or 0, completion),
+    )
 
 
 _ANTHROPIC_FIELDS = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens", "output_tokens")
