@@ -22,12 +22,12 @@ from extproc.errors import Refused, printable, refused
 from extproc.identity import identify
 from extproc.limits.model import Amounts, Lease, LimitStore, Refusal, Standing, StoreUnavailable
 from extproc.picking import Pick, Picker
-from extproc.snapshot.index import Grant, Index, Principal
-from extproc.usage import prompt_upper_bound, requested_output
+from extproc.snapshot.index import Grant, LiveIndex, Principal
+from extproc.usage.bounds import prompt_upper_bound, requested_output
 from extproc.usage.model import Api
 
 LEASE_TTL_S: Final = 900.0
-"""A lease outlives a crash by this much. A longer request loses nothing: settling after the expiry sets the charge right."""
+"""A lease outlives a crash by this much. A longer request loses nothing: its settling sets the expired charge right."""
 QUOTA_RETRY_AFTER_S: Final = 3600
 """A spent quota does not refill by itself; clients that insist are told to come back in an hour."""
 
@@ -53,7 +53,7 @@ _ENGINE_GLOBS: Final = tuple(name[:-1] for name in _ENGINE_FIELDS if "*" in name
 class Admitted:
     """A request that goes to an engine."""
 
-    grant: Grant
+    endpoint: Endpoint
     lease: Lease
     pick: Pick
     body: bytes | None
@@ -65,10 +65,12 @@ class Admitted:
 
 
 class Admission:
-    """Decides. Holds the current policy (`index`, swapped whole) and what decisions are made with."""
+    """Decides, by the policy that is current when it is asked."""
 
-    def __init__(self, store: LimitStore, picker: Picker, *, clock: Callable[[], float] = time.time) -> None:
-        self.index = Index.empty()
+    def __init__(
+        self, live: LiveIndex, store: LimitStore, picker: Picker, *, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._live = live
         self._store = store
         self._picker = picker
         self._clock = clock
@@ -78,7 +80,7 @@ class Admission:
         self._plans: dict[Endpoint, _FieldPlan] = {}
 
     def identify(self, secret: bytes | None) -> Principal | Refused:
-        return identify(self.index, secret, self._clock())
+        return identify(self._live.current, secret, self._clock())
 
     def model_list(self, principal: Principal, model: str | None) -> bytes | Refused:
         """OpenAI's model list as this token may see it, or one entry of it."""
@@ -144,10 +146,10 @@ class Admission:
                 f"No engine that serves '{printable(model)}' is healthy now. Try again shortly.",
                 headers=(("retry-after", "2"),),
             )
-        return Admitted(grant, lease, pick, changed, stream, hide_usage, amounts)
+        return Admitted(endpoint, lease, pick, changed, stream, hide_usage, amounts)
 
     def _no_grant(self, principal: Principal, model: str) -> Refused:
-        if model in self.index.models.get(principal.token.namespace, {}):
+        if model in self._live.current.models.get(principal.token.namespace, {}):
             return refused(
                 "model_not_allowed", f"This token may not use the model '{printable(model)}'.", param="model"
             )

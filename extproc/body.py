@@ -127,7 +127,7 @@ def _value_end(body: bytes, at: int) -> int:
 
 
 def edit(body: bytes, *, remove: frozenset[str] = frozenset(), put: Mapping[str, Any] | None = None) -> bytes:
-    """The body without the fields in `remove`, and with those in `put` set: in place where they stand, else at the end."""
+    """The body without the fields in `remove`, with those in `put` set: in place where they stand, else at the end."""
     missing = dict(put or {})
     kept = []
     for span in spans(body):

@@ -4,7 +4,7 @@
     request body    ─▶ admission ─▶ header and body mutation, engine pinned
     response headers ─▶ status, standing of the limits; Envoy's own failures become our errors
     response body   ─▶ usage tap, chunk by chunk, passed on untouched unless the usage event must be hidden
-    end, or close   ─▶ settled exactly once: exact where the engine told its usage, else estimated from what was delivered
+    end, or close   ─▶ settled exactly once: exact where the engine told its usage, else estimated from what went out
 
 No I/O of its own. The stream's close says nothing about why: Envoy resets the stream on ordinary ends too, so whether a
 client left is read from our own state (was the answer's end seen?).
@@ -26,8 +26,8 @@ from extproc.observe.metrics import GatewayMetrics
 from extproc.picking import Outcome, Picker
 from extproc.snapshot.index import Principal
 from extproc.transport.core import CloseReason, GrpcError
-from extproc.usage import make_tap
 from extproc.usage.model import Api, Tap, Usage
+from extproc.usage.taps import make_tap
 
 _METHOD: Final = HeaderName(":method")
 _PATH: Final = HeaderName(":path")
@@ -251,7 +251,7 @@ class Exchange:
         self._engine = pick.addresses[0]
         deps.picker.begin(self._engine)
         deps.open += 1
-        token, endpoint = principal.token, admitted.grant.endpoint
+        token, endpoint = principal.token, admitted.endpoint
         pin_header, pin_metadata = deps.pins.engine(pick.addresses)
         grant_headers, grant_metadata = deps.pins.grant(token.namespace, token.name, endpoint.model, endpoint.name)
         mutation = pin_header + grant_headers
@@ -293,9 +293,9 @@ class Exchange:
                 hide_usage=admitted.hide_usage,
             )
         mutation = _standing(admitted)
-        if self._tap is not None and self._tap.changes_length:
+        if admitted.hide_usage:
             mutation += _CHANGED_LENGTH
-            if self._tap.decodes:
+            if self._tap is not None and self._tap.decodes:
                 mutation += _DECODED
         return messages.response_headers_reply(mutation)
 
@@ -354,14 +354,17 @@ class Exchange:
         tap, status = self._tap, self._status
         if self._failed_by_envoy or status >= 500:
             # No work that anyone could use was done: neither tokens nor the request itself are charged.
-            self._finish(Usage(0, 0), "exact", self._failed_by_envoy or "engine_error", charge=False)
+            outcome = Outcome.UNREACHABLE if self._failed_by_envoy else Outcome.FAILED
+            self._finish(Usage(0, 0), "exact", self._failed_by_envoy or "engine_error", outcome, charge=False)
         elif tap is None:
             self._finish(Usage(0, 0), "exact", "" if status < 400 else "engine_refused")
-        elif tap.usage is not None:
-            self._learn(admitted, tap.usage)
-            self._finish(tap.usage, "exact", tap.error)
         else:
-            self._finish(self._estimate(admitted), "estimated", tap.error)
+            outcome = Outcome.FAILED if tap.error else Outcome.OK
+            if tap.usage is not None and tap.final:
+                self._learn(admitted, tap.usage)
+                self._finish(tap.usage, "exact", tap.error, outcome)
+            else:
+                self._finish(self._estimate(admitted), "estimated", tap.error, outcome)
 
     def _settle_abandoned(self) -> None:
         """The stream is gone and the answer's end was not seen: the client left, or the engine was lost on the way."""
@@ -371,15 +374,15 @@ class Exchange:
             self._settle_complete()
             return
         self._status = CLIENT_CLOSED_REQUEST
-        if tap is not None and tap.usage is not None and tap.done:
-            self._finish(tap.usage, "exact", tap.error)
+        if tap is not None and tap.usage is not None and tap.final:
+            self._finish(tap.usage, "exact", tap.error or "client_disconnected", Outcome.ABANDONED)
         else:
             self._deps.on_abandoned(self._engine)
-            self._finish(self._estimate(admitted), "estimated", "client_disconnected")
+            self._finish(self._estimate(admitted), "estimated", "client_disconnected", Outcome.ABANDONED)
 
     def _estimate(self, admitted: Admitted) -> Usage:
         """The prompt by the endpoint's learned ratio to its upper bound, the answer by what was delivered."""
-        endpoint = admitted.grant.endpoint
+        endpoint = admitted.endpoint
         ratio = self._deps.ratios.get((endpoint.namespace, endpoint.name), 0.25)
         prompt = min(admitted.reserved.prompt, int(admitted.reserved.prompt * ratio) + 1)
         tap = self._tap
@@ -394,12 +397,14 @@ class Exchange:
     def _learn(self, admitted: Admitted, usage: Usage) -> None:
         bound = admitted.reserved.prompt
         if bound > 0 and usage.prompt > 0:
-            endpoint = admitted.grant.endpoint
+            endpoint = admitted.endpoint
             key = (endpoint.namespace, endpoint.name)
             ratios = self._deps.ratios
             ratios[key] = 0.95 * ratios.get(key, 0.25) + 0.05 * usage.prompt / bound
 
-    def _finish(self, usage: Usage, accuracy: Accuracy, error: str, *, charge: bool = True) -> None:
+    def _finish(
+        self, usage: Usage, accuracy: Accuracy, error: str, outcome: Outcome = Outcome.OK, *, charge: bool = True
+    ) -> None:
         self._settled = True
         admitted, deps = self._admitted, self._deps
         assert admitted is not None
@@ -408,9 +413,9 @@ class Exchange:
         else:
             deps.store.release(admitted.lease)
         deps.open -= 1
-        deps.picker.end(self._engine, self._outcome())
+        deps.picker.end(self._engine, outcome)
         duration_s = self._write(self._engine, self._status, usage, accuracy, error)
-        endpoint = admitted.grant.endpoint
+        endpoint = admitted.endpoint
         deps.metrics.request_done(
             (endpoint.namespace, endpoint.name),
             self._status,
@@ -426,18 +431,13 @@ class Exchange:
             self._principal.token.name if self._principal is not None else "",
         )
 
-    def _outcome(self) -> Outcome:
-        if self._failed_by_envoy:
-            return Outcome.UNREACHABLE
-        return Outcome.FAILED if self._status >= 500 else Outcome.OK
-
     def _write(self, engine: str, status: int, usage: Usage, accuracy: Accuracy, error: str) -> float:
         """Append the attempt's row; returns its duration in seconds."""
         admitted, principal = self._admitted, self._principal
         assert admitted is not None
         assert principal is not None
         duration_s = time.monotonic() - self._started_s
-        token, endpoint = principal.token, admitted.grant.endpoint
+        token, endpoint = principal.token, admitted.endpoint
         ttft_s = self._ttft_s
         self._deps.ledger.append(
             UsageRecord(

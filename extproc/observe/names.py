@@ -146,10 +146,18 @@ POLICY_ERRORS = MetricName("arks_policy_errors_total", "counter", "Policy change
 JOURNAL_WORKING = MetricName(
     "arks_journal_working", "gauge", "1 while limits and usage can be written to the state folder, else 0."
 )
-JOURNAL_ERRORS = MetricName("arks_journal_errors_total", "counter", "Writes to the state folder that failed.")
-JOURNAL_LAG = MetricName("arks_journal_lag_seconds", "gauge", "Age of the oldest usage that is not yet on disk.")
+JOURNAL_QUEUED = MetricName("arks_journal_queued", "gauge", "Entries that are not yet on disk.")
+JOURNAL_DROPPED = MetricName(
+    "arks_journal_dropped_total", "counter", "Usage rows given up because the state folder could not be written."
+)
 LEDGER_ROWS = MetricName("arks_ledger_rows_total", "counter", "Usage rows written to the ledger.")
 OPEN_LEASES = MetricName("arks_open_leases", "gauge", "Reservations that are neither settled nor released.")
+LEASES_EXPIRED = MetricName(
+    "arks_leases_expired_total", "counter", "Reservations that nobody settled in time, charged as estimated."
+)
+LOOP_LAG_MAX = MetricName(
+    "arks_event_loop_lag_max_seconds", "gauge", "Longest pause of the event loop since the last scrape."
+)
 ENGINE_HEALTHY = MetricName("arks_engine_healthy", "gauge", "1 while an engine may be picked, else 0.", ("engine",))
 ENGINE_IN_FLIGHT = MetricName("arks_engine_in_flight", "gauge", "Requests running on an engine.", ("engine",))
 DRAINING = MetricName("arks_draining", "gauge", "1 between SIGTERM and the end of the last stream.")

@@ -104,6 +104,12 @@ class Picker:
         if not engine.in_flight and not engine.known:
             del self._engines[address]
 
+    def suspect(self, address: str) -> None:
+        """An answer broke off, by the client or by the engine's death: ask the engine now instead of at its turn."""
+        engine = self._engines.get(address)
+        if engine is not None and engine.known:
+            self._prober.hurry(engine)
+
     async def run(self) -> None:
         """Probe the policy's engines until cancelled. Without it an engine that went down stays down."""
         await self._prober.run()

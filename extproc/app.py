@@ -1,0 +1,266 @@
+"""One extproc process: everything the data plane is made of, put together, started in order and taken down in order.
+
+Start: state folder (counters, leases, ledger), policy (a broken one at the first start is refused), health checks,
+admin port, the gRPC listener last. Stop, on SIGTERM or SIGINT: /readyz says so, no new streams, open ones finish and
+settle (at most `drain_timeout_s`), the journal is written out. Exit status 0 after that, 1 where a part cannot start.
+"""
+
+import asyncio
+import contextlib
+import gc
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from apis.eds import write_eds
+from apis.policy import Policy
+from extproc.admission import Admission
+from extproc.exchange import Deps, Exchange
+from extproc.http.admin import AdminServer, Check
+from extproc.journal.errors import JournalError
+from extproc.journal.model import JournalSettings
+from extproc.journal.writer import Journal
+from extproc.ledger.sqlite import SqliteLedger
+from extproc.limits.memory import MemoryStore
+from extproc.observe import names
+from extproc.observe.lag import LoopLag
+from extproc.observe.metrics import GatewayMetrics
+from extproc.picking import Picker
+from extproc.settings import ExtprocSettings
+from extproc.snapshot.errors import PolicyErrors
+from extproc.snapshot.folder import FolderSource, Notes
+from extproc.snapshot.index import LiveIndex
+from extproc.transport import grpc_aio, h2
+from extproc.transport.core import Server
+from extproc.transport.health import Health
+
+__version__: Final = version("arks")
+
+log = structlog.get_logger("extproc")
+
+EXT_PROC: Final = "envoy.service.ext_proc.v3.ExternalProcessor"
+TICK_S: Final = 1.0
+
+
+async def run(settings: ExtprocSettings) -> int:
+    """Serve until SIGTERM or SIGINT. Returns the exit status."""
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    try:
+        return await Gateway(settings).run(stopped)
+    except (PolicyErrors, JournalError, OSError) as error:
+        log.error("cannot start", error=str(error))
+        return 1
+
+
+class Gateway:
+    """The parts of one process and their order."""
+
+    def __init__(self, settings: ExtprocSettings) -> None:
+        settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._settings = settings
+        self._journal = Journal(settings.state_dir, JournalSettings(on_failure=settings.on_journal_failure))
+        ledger = SqliteLedger(self._journal)
+        self._store = MemoryStore(journal=self._journal, ledger=ledger)
+        self._picker = Picker()
+        self._metrics = GatewayMetrics(per_token=settings.metrics_per_token)
+        self._live = LiveIndex()
+        self._lag = LoopLag()
+        admission = Admission(self._live, self._store, self._picker)
+        self._deps = Deps(admission, self._store, ledger, self._picker, self._metrics)
+        self._deps.on_abandoned = self._picker.suspect
+        self._source = FolderSource(settings.policy_dir, self._on_policy, self._on_policy_error)
+        self._health = Health([EXT_PROC])
+        self._serving = self._draining = False
+        self._pending: Policy | None = None
+        self._changed = asyncio.Event()
+        self._engines: frozenset[str] = frozenset()
+
+    async def run(self, stopped: asyncio.Event) -> int:
+        """Raises PolicyErrors, JournalError or OSError where a part cannot start."""
+        settings = self._settings
+        admin = AdminServer(self._metrics, self._checks())
+        self._watch_metrics()
+        server: Server | None = None
+        owned: list[asyncio.Task[None]] = []
+        self._journal.start()
+        try:
+            host, _, port = settings.admin.rpartition(":")
+            await admin.start(host.strip("[]"), int(port))
+            await self._source.start()
+            assert self._pending is not None
+            self._live.replace(self._pending)
+            self._apply()
+            # What is loaded now lives as long as the process: the collector need not visit it again and again.
+            gc.collect()
+            gc.freeze()
+            for name, work in (
+                ("policy folder", self._source.run),
+                ("policy", self._follow_policy),
+                ("engine health", self._picker.run),
+                ("housekeeping", self._keep_house),
+                ("loop lag", self._lag.run),
+            ):
+                owned.append(asyncio.create_task(_lasting(name, work), name=name))
+            server = await self._listen()
+            self._serving = True
+            log.info("serving", listen=server.address, admin=admin.address, engines=len(self._engines))
+            await stopped.wait()
+            log.info("draining", open_requests=self._deps.open)
+            self._serving, self._draining = False, True
+            await server.drain(settings.drain_timeout_s)
+        finally:
+            self._serving = False
+            if server is not None:
+                await server.close()
+            for task in owned:
+                task.cancel()
+            await asyncio.gather(*owned, return_exceptions=True)
+            saved = await asyncio.to_thread(self._journal.close)
+            if not saved:
+                log.error("usage left unsaved", state=str(settings.state_dir), queued=self._journal.status.queued)
+            await admin.close()
+        log.info("stopped")
+        return 0
+
+    async def _listen(self) -> Server:
+        settings = self._settings
+        deps = self._deps
+        services = {f"/{EXT_PROC}/Process": lambda _stream: Exchange(deps)}
+        serve = h2.serve if settings.transport == "h2" else grpc_aio.serve
+        if settings.listen.startswith("unix:"):
+            Path(settings.listen.removeprefix("unix:")).parent.mkdir(parents=True, exist_ok=True)
+        return await serve(
+            services,
+            settings.listen,
+            tls=settings.tls,
+            health=self._health,
+            max_message_bytes=settings.message_limit_bytes,
+        )
+
+    # --- policy ---------------------------------------------------------------------------------------------------
+
+    def _on_policy(self, policy: Policy, notes: Notes) -> None:
+        for note in notes:
+            log.info("policy note", note=str(note))
+        self._pending = policy
+        self._changed.set()
+
+    def _on_policy_error(self, errors: PolicyErrors) -> None:
+        log.error("policy not applied, the last good one stays", errors=str(errors))
+
+    async def _follow_policy(self) -> None:
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            policy = self._pending
+            if policy is not None and policy is not self._live.current.policy:
+                await self._live.apply(policy)
+                self._apply()
+
+    def _apply(self) -> None:
+        """Tell everyone else of the policy that is now in force."""
+        policy = self._live.current.policy
+        self._picker.set_policy(policy.endpoints.values(), self._settings.engines)
+        self._metrics.retain(policy.endpoints)
+        engines = frozenset(state.address for state in self._picker.snapshot())
+        if engines != self._engines and self._settings.eds_file is not None:
+            try:
+                write_eds(self._settings.eds_file, engines)
+            except OSError as error:
+                log.error("cannot tell Envoy the engines", file=str(self._settings.eds_file), error=error.strerror)
+        self._engines = engines
+
+    # --- housekeeping ---------------------------------------------------------------------------------------------
+
+    async def _keep_house(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            self._store.tick()
+            self._journal.check()
+
+    def _checks(self) -> dict[str, Callable[[], Check]]:
+        return {
+            "listener": lambda: Check(self._serving),
+            "policy": self._policy_check,
+            "journal": self._journal_check,
+            "engines": self._engines_check,
+        }
+
+    def _policy_check(self) -> Check:
+        status = self._source.status
+        # A broken folder leaves the last good policy in force: still ready, and told.
+        return Check(
+            status.generation > 0,
+            {
+                "current": status.ok,
+                "generation": status.generation,
+                "tokens": status.tokens,
+                "quotas": status.quotas,
+                "endpoints": status.endpoints,
+                "errors": [str(error) for error in status.errors],
+                "notes": [str(note) for note in status.notes],
+            },
+        )
+
+    def _journal_check(self) -> Check:
+        status = self._journal.status
+        return Check(
+            not status.refusing,
+            {"writing": status.ok, "reason": status.reason, "queued": status.queued, "dropped": status.dropped},
+        )
+
+    def _engines_check(self) -> Check:
+        states = list(self._picker.snapshot())
+        return Check(
+            not states or any(state.healthy for state in states),
+            {"engines": {state.address: state.last_error or "healthy" for state in states[:100]}},
+            required=False,
+        )
+
+    def _watch_metrics(self) -> None:
+        watch, source, journal = self._metrics.watch, self._source, self._journal
+        picker, store = self._picker, self._store
+        watch(names.BUILD, lambda: [((__version__, self._settings.transport), 1)])
+        watch(names.OPEN_STREAMS, lambda: self._deps.open)
+        watch(names.DRAINING, lambda: float(self._draining))
+        watch(names.LOOP_LAG_MAX, self._lag.take_max_s)
+        watch(names.POLICY_VERSION, lambda: source.status.generation)
+        watch(names.POLICY_AGE, lambda: max(0.0, time.time() - source.status.loaded_at_s))
+        watch(names.POLICY_BROKEN, lambda: float(not source.status.ok))
+        watch(names.POLICY_ERRORS, lambda: source.status.failed_loads)
+        watch(names.JOURNAL_WORKING, lambda: float(journal.status.ok))
+        watch(names.JOURNAL_QUEUED, lambda: journal.status.queued)
+        watch(names.JOURNAL_DROPPED, lambda: journal.status.dropped)
+        watch(names.LEDGER_ROWS, lambda: journal.status.written)
+        watch(names.OPEN_LEASES, lambda: store.open_leases)
+        watch(names.LEASES_EXPIRED, lambda: store.stats.expired)
+        watch(names.QUOTA_USAGE, lambda: self._quotas(lambda key, _limit: store.used(key) + store.reserved(key)))
+        watch(names.QUOTA_LIMIT, lambda: self._quotas(lambda _key, limit: limit))
+        watch(names.ENGINE_HEALTHY, lambda: [((state.address,), float(state.healthy)) for state in picker.snapshot()])
+        watch(names.ENGINE_IN_FLIGHT, lambda: [((state.address,), state.in_flight) for state in picker.snapshot()])
+
+    def _quotas(self, value: Callable[[str, int], int]) -> list[tuple[tuple[str, ...], float]]:
+        return [
+            ((namespace, name, rule.kind), value(rule.key, rule.limit))
+            for (namespace, name), rules in self._live.current.quota_rules.items()
+            for rule in rules
+        ]
+
+
+async def _lasting(name: str, work: Callable[[], Awaitable[None]]) -> None:
+    """Run for the process's life: what fails is logged and begun again, requests go on meanwhile."""
+    while True:
+        try:
+            await work()
+        except Exception:
+            log.exception("background task failed, starting it again", task=name)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.sleep(1.0)
