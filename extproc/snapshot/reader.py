@@ -157,7 +157,8 @@ def _places(made: Fragment, at: Path, lines: Lines) -> tuple[tuple[str, int], ..
         wanted: list[Path] = [("spec", "qos")]
         if made.secret is not None:
             wanted += [("spec", "tokenSecretRef", "name"), ("spec", "tokenSecretRef", "key")]
-        wanted += (("spec", "qos", index) for index in range(len(made.record.grants) if made.remarks else 0))
+        if made.remarks:
+            wanted += (path[len(at) :] for path in lines if len(path) == len(at) + 3 and path[-2] == "qos")
     elif isinstance(made, EndpointFragment):
         wanted = [("spec", "routeConfigs", index) for index in range(len(made.refs))]
         if ("spec", "modelName") in lines:

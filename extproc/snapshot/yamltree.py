@@ -35,7 +35,7 @@ Path: TypeAlias = tuple[str | int, ...]
 Lines: TypeAlias = dict[Path, int]
 
 _INT: Final = re.compile(r"[-+]?(0|[1-9][0-9]{0,24})")
-_OCTAL: Final = re.compile(r"0o?[0-7]{1,24}")
+_OCTAL: Final = re.compile(r"0[0-7]{1,24}")
 _HEX: Final = re.compile(r"0x[0-9a-fA-F]{1,24}")
 _FLOAT: Final = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _WORDS: Final[dict[str, bool | None]] = {
@@ -156,6 +156,8 @@ class _Builder:
             elif kind is MappingEndEvent or kind is SequenceEndEvent:
                 path.pop()
                 value = container
+                if type(value) is dict and None in value.values():
+                    value = {key: part for key, part in value.items() if part is not None}
                 if anchor is not None:
                     self._anchors[anchor] = (value, self._count - before)
                 container, anchor, before = frames.pop()
@@ -166,10 +168,7 @@ class _Builder:
             if container is None:
                 return value
             if type(container) is dict:
-                if value is None:
-                    del container[path[-1]]
-                else:
-                    container[path[-1]] = value
+                container[path[-1]] = value
             else:
                 container.append(value)
             event = self._step(container, path, next_event())
@@ -203,7 +202,7 @@ class _Builder:
             _fail(event, path[:-1], "uses a YAML merge key", "write the fields out")
         path[-1] = key
         self._lines[tuple(path)] = line
-        container[key] = None  # so that a second one is noticed whatever the value; dropped again if it is null
+        container[key] = None  # so that a second one is noticed whatever the value
         return self._next()
 
 
@@ -224,7 +223,7 @@ def _scalar(event: Any, path: list[str | int]) -> Any:
     if _INT.fullmatch(value):
         return int(value)
     if _OCTAL.fullmatch(value):
-        return int(value.removeprefix("0o").removeprefix("0") or "0", 8)
+        return int(value, 8)
     if _HEX.fullmatch(value):
         return int(value, 16)
     if _FLOAT.fullmatch(value) and len(value) < 64 and not value.isdigit():
