@@ -51,7 +51,7 @@ from extproc.transport.frames import (
 )
 from extproc.transport.hpack import DynamicTable, HpackError
 from extproc.transport.link import Limits, Link, log_failure, tell_end
-from extproc.transport.output import Output
+from extproc.transport.output import STREAM_WINDOW, Output
 from extproc.transport.routing import MAX_HEADER_BYTES, Malformed, Route, Router, check_trailers
 from extproc.transport.stream import Backlog, H2Stream
 
@@ -62,7 +62,6 @@ if TYPE_CHECKING:
 _unpack = FRAME.unpack_from
 _unpack_prefix = PREFIX.unpack_from
 
-_STREAM_WINDOW: Final = 1 << 24
 _CONNECTION_WINDOW: Final = 1 << 30
 _MAX_FRAGMENTS: Final = 64
 _REMEMBERED_GAPS: Final = 16
@@ -104,7 +103,7 @@ class Connection(Output):
         settings = (
             (SETTINGS_HEADER_TABLE_SIZE, 0),
             (SETTINGS_MAX_CONCURRENT_STREAMS, self._limits.max_concurrent_streams),
-            (SETTINGS_INITIAL_WINDOW_SIZE, _STREAM_WINDOW),
+            (SETTINGS_INITIAL_WINDOW_SIZE, STREAM_WINDOW),
             (SETTINGS_MAX_HEADER_LIST_SIZE, MAX_HEADER_BYTES),
         )
         payload = b"".join(key.to_bytes(2, "big") + value.to_bytes(4, "big") for key, value in settings)
@@ -151,7 +150,7 @@ class Connection(Output):
                             self._gather(stream, data, p, e)
                         if flags:
                             self._half_close(stream)
-                        elif stream.received_bytes > _STREAM_WINDOW >> 1:
+                        elif stream.received_bytes > STREAM_WINDOW >> 1:
                             self._grant(stream)
                     else:
                         self._data(flags, sid, data, p, e)
@@ -426,7 +425,7 @@ class Connection(Output):
             self._gather(stream, data, p, e)
         if flags & END_STREAM:
             self._end_of_request(stream)
-        elif stream.received_bytes > _STREAM_WINDOW >> 1:
+        elif stream.received_bytes > STREAM_WINDOW >> 1:
             self._grant(stream)
 
     def _gather(self, stream: H2Stream, data: bytes, p: int, e: int) -> None:
@@ -480,11 +479,6 @@ class Connection(Output):
             return
         if reply is not None and stream.connection is not None:
             self.send(stream, reply)
-
-    def _grant(self, stream: H2Stream) -> None:
-        if stream.connection is not None:
-            self._out.append(window_update(stream.sid, stream.received_bytes))
-            stream.received_bytes = 0
 
     # --- ends of requests ----------------------------------------------------------------------------------------
 

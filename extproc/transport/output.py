@@ -30,6 +30,7 @@ from extproc.transport.frames import (
     plain_response,
     reset,
     trailers,
+    window_update,
 )
 from extproc.transport.link import Limits, Link, log_failure, tell_end
 from extproc.transport.stream import Backlog, H2Stream
@@ -38,6 +39,10 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import MutableSet
 
+STREAM_WINDOW: Final = 1 << 24
+"""what a peer may send on a stream ahead of our WINDOW_UPDATE, in bytes; there is one for each half of it"""
+_READ_ON_BYTES: Final = 1 << 20
+"""a stream with more output than this waiting is granted no more input"""
 _REMEMBERED_RESETS: Final = 1024
 _TURN_BYTES: Final = 1 << 18
 """how much a waiting stream sends before the next one's turn"""
@@ -136,7 +141,11 @@ class Output(Link):
                 blocked[sid] = stream
                 if allowed == _TURN_BYTES:
                     turns += 1
-            elif backlog.trailers is not None:
+            if stream.received_bytes > STREAM_WINDOW >> 1:
+                self._grant(stream)
+            if backlog.output:
+                continue
+            if backlog.trailers is not None:
                 self._end(stream, backlog.trailers, half_closed=backlog.half_closed)
             elif backlog.idle:
                 stream.backlog = None
@@ -273,6 +282,13 @@ class Output(Link):
                 return
         if self._blocked:
             self._drain_output()
+
+    def _grant(self, stream: H2Stream) -> None:
+        """Let the peer send on, unless it lets our replies wait: then it is to wait, too."""
+        backlog = stream.backlog
+        if stream.connection is not None and (backlog is None or backlog.output_bytes <= _READ_ON_BYTES):
+            self._out.append(window_update(stream.sid, stream.received_bytes))
+            stream.received_bytes = 0
 
     def _set_initial_window(self, size: int) -> None:
         # What waits is sent after our acknowledgement, so that the peer can tell which window it was sent under.
