@@ -307,8 +307,6 @@ def test_only_yaml_and_json_of_the_folder_itself_count(folder):
 
 
 def test_json_is_yaml(folder):
-    folder.write(
-        "q.json",
     text = """\
 {
 \t"apiVersion": "arks.ai/v1",
@@ -318,7 +316,6 @@ def test_json_is_yaml(folder):
 }
 """
     folder.write("q.json", text)
-    )
     assert load(folder).policy.quotas["default", "q"].limits == (QuotaLimit("total", 1),)
 
 
