@@ -53,6 +53,12 @@ class Prober:
     async def run(self) -> None:
         settings = self._settings
         probes: set[asyncio.Task[None]] = set()
+
+        def probe_ended(task: asyncio.Task[None]) -> None:
+            # Only now is there room for another one.
+            probes.discard(task)
+            self._changed.set()
+
         timeout = aiohttp.ClientTimeout(total=settings.timeout_s)
         connector = aiohttp.TCPConnector(force_close=True, limit=0)
         try:
@@ -67,7 +73,7 @@ class Prober:
                             engine.probing = True
                             task = asyncio.create_task(self._probe(session, engine))
                             probes.add(task)
-                            task.add_done_callback(probes.discard)
+                            task.add_done_callback(probe_ended)
                     await self._until_next(full=len(probes) >= settings.concurrency)
         finally:
             for task in probes:
