@@ -50,7 +50,7 @@ def go_toolchain(at_least: tuple[int, int] = (1, 26)) -> str:
 
 
 def go_binary(name: str, version: str, package: str, *, module: str, ldflags: str = "") -> Path:
-    """The program `package` of `golang/<module>`, built now if it never was; raises `NoGoError` or CalledProcessError."""
+    """The program `package` of `golang/<module>`, built now if it never was; raises `NoGoError` or RuntimeError."""
     folder = cache_folder() / f"{name}-{version}"
     binary = folder / name
     if binary.exists():

@@ -31,6 +31,7 @@ reference is collected, no ServiceAccount appears by itself. Tests act for them 
 from __future__ import annotations
 
 import base64
+import concurrent.futures
 import contextlib
 import ctypes
 import http.client
@@ -97,6 +98,8 @@ class KubeApi:
         self.port = self._etcd_port = 0
         self._etcd: subprocess.Popen[bytes] | None = None
         self._server: subprocess.Popen[bytes] | None = None
+        # The kernel ends a child with the thread that started it (see `_spawn`), so one thread of ours starts them all.
+        self._starter = concurrent.futures.ThreadPoolExecutor(1)
         self._idle: queue.SimpleQueue[http.client.HTTPSConnection] = queue.SimpleQueue()
         self._kinds: dict[tuple[str, str], tuple[str, bool]] = {}
         self._tls: ssl.SSLContext | None = None
@@ -155,6 +158,7 @@ class KubeApi:
         self._end(self._server, signal.SIGKILL)
         self._end(self._etcd, signal.SIGKILL)
         self._server = self._etcd = None
+        self._starter.shutdown()
         with contextlib.suppress(queue.Empty):
             while True:
                 self._idle.get_nowait().close()
@@ -410,7 +414,8 @@ class KubeApi:
     def _spawn(self, command: list[str], log: str) -> subprocess.Popen[bytes]:
         libc = ctypes.CDLL(None, use_errno=True)
         with (self.folder / log).open("ab") as out:
-            return subprocess.Popen(
+            started = self._starter.submit(
+                subprocess.Popen,
                 command,
                 stdout=out,
                 stderr=out,
@@ -419,6 +424,7 @@ class KubeApi:
                 # A test run that is killed takes its servers along.
                 preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL),
             )
+            return started.result()
 
     def _wait_ready(self) -> bool:
         until = time.monotonic() + READY_TIMEOUT_S
