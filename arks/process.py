@@ -41,37 +41,41 @@ class Child:
         self.name = name
         self._process = process
         self._tail: deque[bytes] = deque(maxlen=LAST_LINES)
-        self._relays = [asyncio.create_task(self._relay_errors(), name=f"stderr of {name}")]
+        assert process.stdout is not None
+        assert process.stderr is not None
+        self._stdout = process.stdout
+        self._relays = [asyncio.create_task(self._relay_errors(process.stderr), name=f"stderr of {name}")]
 
     @classmethod
-    async def start(
-        cls,
-        name: str,
-        command: Sequence[str],
-        *,
-        read_stdout: bool = False,
-    ) -> "Child":
-        """Raises OSError where the program cannot be run. What it prints goes to our stderr, unless `read_stdout`."""
+    async def start(cls, name: str, command: Sequence[str], *, says_ready: bool = False) -> "Child":
+        """Raises OSError where the program cannot be run. What it prints goes to our stderr, but for the first line of
+        one that `says_ready`.
+
+        Pipes, not our own stderr handed down: Envoy opens its output by path, and where that is a file, two writers
+        with two offsets would overwrite each other.
+        """
         process = await asyncio.create_subprocess_exec(
             *command,
             stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE if read_stdout else sys.stderr.fileno(),
+            stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             env=_environment(),
             preexec_fn=_die_with_parent,
             process_group=0,
         )
-        return cls(name, process)
+        child = cls(name, process)
+        if not says_ready:
+            child._relay_stdout()
+        return child
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
     async def first_line(self, timeout_s: float) -> bytes:
-        """The first line of stdout (empty if it ends before one); later ones are passed on. Raises TimeoutError."""
-        assert self._process.stdout is not None, "start it with read_stdout"
-        line = await asyncio.wait_for(self._process.stdout.readline(), timeout_s)
-        self._relays.append(asyncio.create_task(_pass_on(self._process.stdout), name=f"stdout of {self.name}"))
+        """The first line of stdout of one that `says_ready`; empty if it ends before. Raises TimeoutError."""
+        line = await asyncio.wait_for(self._stdout.readline(), timeout_s)
+        self._relay_stdout()
         return line
 
     def last_words(self) -> str:
@@ -105,10 +109,12 @@ class Child:
                 self.signal(signal.SIGKILL)
         await self.wait()
 
-    async def _relay_errors(self) -> None:
-        assert self._process.stderr is not None
+    def _relay_stdout(self) -> None:
+        self._relays.append(asyncio.create_task(_pass_on(self._stdout), name=f"stdout of {self.name}"))
+
+    async def _relay_errors(self, stderr: asyncio.StreamReader) -> None:
         rest = b""
-        while data := await self._process.stderr.read(65536):
+        while data := await stderr.read(65536):
             _write(data)
             *lines, rest = (rest + data).split(b"\n")
             self._tail.extend(lines)

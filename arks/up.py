@@ -188,7 +188,7 @@ class _Gateway:
         listen = self._addresses.get(name, "127.0.0.1:0")
         named = [argument for model in models for argument in ("--model", model)]
         command = [sys.executable, "-m", "simengine", "--listen", listen, "--seed", str(seed), *SIMULATED_FLAGS, *named]
-        child = await _spawn(name, command, read_stdout=True)
+        child = await _spawn(name, command, says_ready=True)
         async with _or_stopped(child):
             line = await child.first_line(START_TIMEOUT_S)
             if not line:
@@ -204,6 +204,7 @@ class _Gateway:
         command += ["--eds-file", str(eds), "--drain-timeout-s", str(settings.drain_timeout_s)]
         command += ["--log-level", settings.log_level]
         command += [argument for engine in engines for argument in ("--engine", f"http://{engine}")]
+        (self._run / "extproc.sock").unlink(missing_ok=True)  # of one that was killed
         child = await _spawn("extproc", command)
         async with _or_stopped(child), aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2)) as session:
             await _until(child, "its /readyz does not say ready", lambda: _status_is(session, self._ready_url(), {200}))
@@ -214,6 +215,7 @@ class _Gateway:
 
     async def _launch_envoy(self, eds: Path) -> Child:
         settings = self._settings
+        # What Envoy writes on its stdout, we write on our stderr.
         access_log = {"stderr": "/dev/stdout", "off": None}.get(settings.access_log, settings.access_log)
         bootstrap = self._run / "envoy.json"
         gateway = GatewaySettings(
@@ -221,7 +223,7 @@ class _Gateway:
             extproc=f"unix:{self._run / 'extproc.sock'}",
             eds_file=eds,
             admin=f"unix:{self._envoy_admin()}",
-            access_log=access_log,  # Envoy's stdout is our stderr
+            access_log=access_log,
             concurrency=settings.concurrency,
         )
         bootstrap.write_bytes(render_bootstrap(gateway))
@@ -229,7 +231,7 @@ class _Gateway:
         self._envoy_admin().unlink(missing_ok=True)
         program = settings.envoy or _packaged_envoy()
         command = [str(program), "-c", str(bootstrap), "--concurrency", str(settings.concurrency)]
-        command += ["--disable-hot-restart", "--log-level", "warn", "--drain-time-s", "1"]
+        command += ["--disable-hot-restart", "--log-level", "warn", "--file-flush-interval-msec", "1000"]
         child = await _spawn("envoy", command)
         async with _or_stopped(child), aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2)) as session:
             # Any answer of extproc's will do; without a token it is a refusal. 5xx: Envoy cannot reach extproc yet.
@@ -306,9 +308,9 @@ async def _or_stopped(child: Child) -> AsyncIterator[None]:
         raise
 
 
-async def _spawn(name: str, command: list[str], *, read_stdout: bool = False) -> Child:
+async def _spawn(name: str, command: list[str], *, says_ready: bool = False) -> Child:
     try:
-        return await Child.start(name, command, read_stdout=read_stdout)
+        return await Child.start(name, command, says_ready=says_ready)
     except OSError as error:
         raise PartFailed(f"{name} cannot be run: {error.strerror}: {command[0]}") from error
 

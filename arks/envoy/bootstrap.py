@@ -13,6 +13,7 @@ from arks.envoy.settings import METADATA_NAMESPACES, OWNED_HEADERS, OWNED_PREFIX
 Tree: TypeAlias = dict[str, Any]
 
 EXTPROC_CLUSTER = "extproc"
+EXT_PROC_FILTER = "envoy.filters.http.ext_proc"
 LISTENER = "gateway"
 STAT_PREFIX = "gateway"
 
@@ -76,11 +77,16 @@ def _connection_manager(settings: GatewaySettings) -> Tree:
         "codec_type": "AUTO",
         "route_config": _routes(settings),
         "http_filters": [
-            _typed(
-                "envoy.filters.http.ext_proc",
-                "envoy.extensions.filters.http.ext_proc.v3.ExternalProcessor",
-                **_ext_proc(settings),
-            ),
+            {
+                **_typed(
+                    EXT_PROC_FILTER,
+                    "envoy.extensions.filters.http.ext_proc.v3.ExternalProcessor",
+                    **_ext_proc(settings),
+                ),
+                # Off here, on in the route: a refusal of Envoy's codec (431, broken HTTP) has no route. It would wait
+                # for extproc's word on its headers while the connection closes, and the client would get nothing.
+                "disabled": True,
+            },
             _typed(
                 "envoy.filters.http.router",
                 "envoy.extensions.filters.http.router.v3.Router",
@@ -141,6 +147,9 @@ def _edge_removal() -> Tree:
 def _routes(settings: GatewaySettings) -> Tree:
     route = {
         "match": {"prefix": "/"},
+        "typed_per_filter_config": {
+            EXT_PROC_FILTER: {"@type": "type.googleapis.com/envoy.config.route.v3.FilterConfig", "config": {}}
+        },
         # Request bodies are buffered for the decision and for a retry; the connection's own limit stays small.
         "request_body_buffer_limit": settings.body_limit_bytes,
         "route": {

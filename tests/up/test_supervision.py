@@ -1,0 +1,186 @@
+"""`arks up` with real child processes: it says when it serves, heals what dies, stops in order, and gives reasons."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from tests.up.conftest import SECRET, eventually
+
+CHAT = {"model": "qwen-7b", "messages": [{"role": "user", "content": "Hello!"}]}
+
+
+def post(url, body, timeout_s=30):
+    headers = {"authorization": f"Bearer {SECRET}", "content-type": "application/json"}
+    request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), headers)
+    return urllib.request.urlopen(request, timeout=timeout_s)
+
+
+def status(url, body):
+    try:
+        with post(url, body) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        error.close()
+        return error.code
+    except OSError:
+        return 0
+
+
+def test_ready_is_one_json_line_and_the_printed_curl_works(start):
+    running = start().wait_ready()
+    assert set(running.ready) == {"event", "gateway", "admin"}
+    assert status(running.ready["gateway"], CHAT) == 200
+    with urllib.request.urlopen(f"{running.ready['admin']}/readyz") as answer:
+        assert json.load(answer)["ready"] is True
+    curls = eventually(lambda: [line for line in running.stderr.splitlines() if line.startswith("curl ")])
+    assert len(curls) == 2
+    plain, streamed = (subprocess.check_output(line, shell=True, text=True) for line in curls)
+    assert json.loads(plain)["choices"]
+    assert streamed.rstrip().endswith("data: [DONE]")
+    running.interrupt()
+    assert running.finish() == 0
+    assert running.process.stdout.read() == b"", "stdout is for the ready line alone"
+    assert SECRET in running.stderr, "the curl lines show the quickstart's secret"
+    assert SECRET not in running.stderr.partition("Ctrl-C")[2], "logs do not"
+
+
+def test_ctrl_c_finishes_an_open_stream_and_leaves_nothing_behind(start):
+    running = start().wait_ready()
+    children = running.children()
+    assert len(children) == 4
+    answer = post(running.ready["gateway"], {**CHAT, "stream": True, "max_tokens": 100})
+    first = answer.readline()
+    running.interrupt()
+    rest = answer.read()
+    assert first.startswith(b"data: ")
+    assert rest.rstrip().endswith(b"data: [DONE]")
+    assert running.finish() == 0
+    assert "standin: settled" in running.stderr
+    assert not [pid for pid in children.values() if Path(f"/proc/{pid}").exists()]
+
+
+def test_a_second_ctrl_c_is_immediate(start):
+    running = start().wait_ready()
+    children = running.children()
+    with post(running.ready["gateway"], {**CHAT, "stream": True, "max_tokens": 2000}) as answer:
+        answer.readline()
+        running.interrupt()
+        eventually(lambda: '"stopping"' in running.stderr)
+        before = time.monotonic()
+        running.interrupt()
+        assert running.finish() == 130
+    assert time.monotonic() - before < 3
+    assert not [pid for pid in children.values() if Path(f"/proc/{pid}").exists()]
+
+
+def test_a_drain_ends_at_its_bound(start):
+    running = start("--drain-timeout-s", "0.5").wait_ready()
+    with post(running.ready["gateway"], {**CHAT, "stream": True, "max_tokens": 5000}) as answer:
+        answer.readline()
+        running.process.terminate()
+        assert running.finish(10) == 0
+    assert "streams cut" in running.stderr
+
+
+def test_ctrl_c_in_a_terminal_reaches_the_supervisor_alone(start):
+    running = start().wait_ready()
+    groups = {os.getpgid(pid) for pid in running.children().values()}
+    assert os.getpgid(running.process.pid) not in groups
+
+
+def test_parts_that_die_come_back(start):
+    running = start().wait_ready()
+    gateway = running.ready["gateway"]
+    for word in ("standin_extproc", "simengine", "envoy.json"):
+        killed = running.child(word)
+        os.kill(killed, signal.SIGKILL)
+        eventually(lambda killed=killed: not Path(f"/proc/{killed}").exists())
+        eventually(lambda word=word: any(word in command for command in running.children()))
+        eventually(lambda: [status(gateway, CHAT) for _ in range(6)] == [200] * 6)
+
+
+def test_a_part_that_keeps_dying_ends_everything_with_its_reason(start):
+    running = start(env={"STANDIN_FAULT": "dies"}).wait_ready()
+    assert running.finish(60) == 1
+    assert "extproc died 4 times within 60 s; it ended with status 3" in running.stderr
+    assert not running.children()
+
+
+def test_a_part_that_cannot_start_gives_its_last_words_without_secrets(start):
+    running = start(env={"STANDIN_FAULT": "broken-policy"})
+    assert running.finish() == 1
+    assert running.process.stdout.read() == b""
+    reason = running.stderr.partition("arks: error: ")[2]
+    assert "extproc did not start: it ended with status 1" in reason
+    assert "tokens.yaml:7: spec.qos" in reason
+    assert SECRET not in reason
+
+
+def test_ctrl_c_while_starting_stops_at_once(start, tmp_path):
+    silent = tmp_path / "envoy"
+    silent.write_text("#!/bin/sh\nexec sleep 60\n")
+    silent.chmod(0o755)
+    running = start("--envoy", str(silent))
+    eventually(lambda: any("sleep" in command for command in running.children()))
+    children = running.children()
+    running.interrupt()
+    assert running.finish(10) == 0
+    assert not [pid for pid in children.values() if Path(f"/proc/{pid}").exists()]
+
+
+def test_a_killed_supervisor_takes_its_parts_along(start):
+    running = start().wait_ready()
+    children = running.children()
+    running.process.kill()
+    eventually(lambda: not [pid for pid in children.values() if Path(f"/proc/{pid}").exists()])
+
+
+def test_an_envoy_that_is_none_is_named(start, tmp_path):
+    broken = tmp_path / "envoy"
+    broken.write_text("not a program")
+    broken.chmod(0o755)
+    running = start("--envoy", str(broken))
+    assert running.finish() == 1
+    assert f"envoy cannot be run: Exec format error: {broken}" in running.stderr
+
+
+def test_a_taken_port_names_the_flag(start):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        for flag in ("--listen", "--admin"):
+            running = start(flag, address)
+            assert running.finish() == 2
+            assert f"{flag} {address}: Address already in use" in running.stderr
+
+
+def test_two_gateways_run_side_by_side_but_not_in_one_state_folder(start, tmp_path):
+    first = start(state=tmp_path / "one").wait_ready()
+    second = start(state=tmp_path / "two").wait_ready()
+    third = start(state=tmp_path / "one")
+    assert third.finish() == 2
+    assert "another `arks up` uses this folder" in third.stderr
+    for running in (first, second):
+        assert status(running.ready["gateway"], CHAT) == 200
+
+
+def test_a_state_folder_too_deep_for_sockets_still_works(start, tmp_path):
+    deep = tmp_path.joinpath(*["a-rather-long-folder-name"] * 5)
+    running = start(state=deep).wait_ready()
+    assert status(running.ready["gateway"], CHAT) == 200
+    private = Path(running.envoy_admin).parent
+    assert private.stat().st_mode & 0o077 == 0
+    running.interrupt()
+    assert running.finish() == 0
+    assert not private.exists()
+
+
+def test_its_own_variables_do_not_leak_into_the_parts(start):
+    running = start(env={"ARKS_LOG_LEVEL": "warning", "ARKS_TLS_KEY": __file__}).wait_ready()
+    environ = Path(f"/proc/{running.child('standin_extproc')}/environ").read_bytes()
+    assert b"ARKS_" not in environ
