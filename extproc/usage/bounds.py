@@ -41,9 +41,10 @@ _LIST_LOOKS = 16
 """lists that are looked at before a body is decoded instead"""
 
 _raws = msgspec.json.Decoder(list[msgspec.Raw]).decode
-_MEDIA_KEYS = frozenset(
-    "image_url video_url audio_url input_audio input_image input_file image_embeds audio_embeds image_pil file".split()
-)
+_MEDIA_KEYS = frozenset((
+    "image_url", "video_url", "audio_url", "input_audio", "input_image", "input_file", "image_embeds", "audio_embeds",
+    "image_pil", "file",
+))  # fmt: skip
 _MEDIA_TYPES = _MEDIA_KEYS | {"image", "document", "audio", "video"}
 _PAYLOAD_KEYS = frozenset(
     {"url", "data", "file_data", "file_url", "image_url", "video_url", "audio_url", "image_embeds"}
@@ -53,7 +54,7 @@ _PAYLOAD_KEYS = frozenset(
 def prompt_upper_bound(api: Api, fields: Mapping[str, msgspec.Raw], media_tokens: int) -> int:
     """Tokens that the prompt can have at most; `media_tokens` is the allowance for each image, sound, video or file."""
     if api in {"rerank", "score"}:
-        return min(_pairs(fields, media_tokens), TOKENS_MAX)
+        return _pairs(fields, media_tokens)
     bound = TEMPLATE_TOKENS
     for name in fields.keys() & _CONVERSATION[api]:
         raw = bytes(fields[name])
@@ -65,7 +66,7 @@ def prompt_upper_bound(api: Api, fields: Mapping[str, msgspec.Raw], media_tokens
             bound += _with_media(raw, media_tokens)
         if name in _TOOLS:
             bound += TOOL_TEMPLATE_TOKENS
-    return bound if bound <= TOKENS_MAX else TOKENS_MAX
+    return bound
 
 
 def _is_text_only(raw: bytes) -> bool:
@@ -162,13 +163,17 @@ def requested_output(api: Api, fields: Mapping[str, msgspec.Raw], cap: int) -> i
     """
     if api in {"embeddings", "rerank", "score"}:
         return 0
-    limits = [limit for name in fields.keys() & _OUTPUT if (limit := _integer(fields[name])) is not None]
-    tokens = max(limits) if limits else COMPLETIONS_MAX_TOKENS if api == "completions" else cap
+    tokens = -1
+    for name in fields.keys() & _OUTPUT:
+        limit = _integer(fields[name])
+        if limit is not None and limit > tokens:
+            tokens = limit
+    if tokens < 0:
+        tokens = COMPLETIONS_MAX_TOKENS if api == "completions" else cap
     tokens = min(tokens, cap)
-    answers = 1
-    for name in ("n", "best_of"):
-        if name in fields:
-            answers = max(answers, _integer(fields[name]) or 1)
+    answers = max(1, _integer(fields["n"]) or 1) if "n" in fields else 1
+    if "best_of" in fields:
+        answers = max(answers, _integer(fields["best_of"]) or 1)
     if api == "completions" and "prompt" in fields:
         answers *= _count_prompts(bytes(fields["prompt"]))
     return max(0, min(tokens * answers, TOKENS_MAX))

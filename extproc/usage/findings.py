@@ -5,7 +5,9 @@ from extproc.usage.model import Usage
 TOKEN_BYTES = 4
 """mean length of a token's text, rounded: 4 to 4.5 bytes in English, 3 to 4 in code and in CJK"""
 CROWDED_BYTES = 8
-"""mean text per event above which events hold several tokens: single tokens stay near 4.5 bytes, pairs come near 9"""
+"""mean text per event above which events hold several tokens: single tokens stay near 4.5 bytes, pairs come near 9.
+Scripts of three bytes a letter with long tokens (Hindi, Thai) may pass it and are then estimated too high, pairs of
+code tokens too low."""
 
 
 class Findings:
