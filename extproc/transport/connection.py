@@ -64,6 +64,8 @@ _unpack_prefix = PREFIX.unpack_from
 
 _CONNECTION_WINDOW: Final = 1 << 30
 _MAX_FRAGMENTS: Final = 64
+_FLUSH_AT: Final = 512
+"""pieces of output within one read: small questions may have large answers"""
 _REMEMBERED_GAPS: Final = 16
 
 
@@ -118,6 +120,7 @@ class Connection(Output):
         end = len(data)
         streams = self._streams
         routes = self._routes
+        out = self._out
         received = 0
         try:
             if not self._greeted:
@@ -149,9 +152,11 @@ class Connection(Output):
                         else:
                             self._gather(stream, data, p, e)
                         if flags:
-                            self._half_close(stream)
+                            self._end_of_request(stream)
                         elif stream.received_bytes > STREAM_WINDOW >> 1:
                             self._grant(stream)
+                        if len(out) > _FLUSH_AT and not self._breathe():
+                            break
                     else:
                         self._data(flags, sid, data, p, e)
                 elif (
@@ -189,6 +194,16 @@ class Connection(Output):
             self._received_bytes = 0
         if self._out:
             self._flush()
+
+    def _breathe(self) -> bool:
+        """Write amid a read; whether the peer takes it, so that reading may go on."""
+        self._flush()
+        return not self._paused
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._buffer and not self._paused:
+            self.data_received(b"")  # what of the last read had to wait
 
     def _greet(self, data: bytes) -> int:
         """Where frames start; past the end while the preface or the first frame's head is not all there."""
@@ -460,8 +475,8 @@ class Connection(Output):
                 self._held_input_bytes -= backlog.parts_bytes
                 backlog.parts = []
                 backlog.parts_bytes = 0
+                self._deliver(stream, message)  # missing_bytes stays 0 meanwhile: nobody drops the backlog
                 backlog.missing_bytes = -1
-                self._deliver(stream, message)
             else:
                 backlog.parts_bytes += take
                 self._held_input_bytes += take

@@ -75,8 +75,9 @@ class Output(Link):
     def send(self, stream: H2Stream, message: bytes) -> None:
         size = len(message)
         length = size + 5
+        backlog = stream.backlog
         if (
-            stream.backlog is None
+            (backlog is None or (backlog.trailers is None and not backlog.output))
             and length <= stream.send_window
             and length <= self._send_window
             and length <= self._frame_limit

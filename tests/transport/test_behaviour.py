@@ -169,7 +169,9 @@ async def test_a_deadline_of_the_client_ends_the_stream(end, start, connect, boo
     call = channel.stream_stream("/t/Call")(timeout=0.3)
     await call.write(b"nothing")
     assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert await book[0].over is CloseReason.RESET
+    # grpcio may read the end of a stream that hits its deadline as a half-close.
+    assert await book[0].over in ({CloseReason.RESET} if end == "h2" else {CloseReason.RESET, CloseReason.DONE})
+    assert len(book[0].ends) == 1
 
 
 async def test_five_hundred_streams_at_once_keep_apart(end, start, connect, book):
