@@ -19,7 +19,7 @@ import aiohttp
 import msgspec
 
 from controller.kube.credentials import Access, Credentials
-from controller.kube.errors import KubeError, NotLeaderError, UnreachableError, api_error
+from controller.kube.errors import KubeError, MalformedError, NotLeaderError, UnreachableError, api_error, described
 from controller.kube.metrics import ClientStats
 from controller.kube.resource import Resource
 
@@ -104,7 +104,7 @@ class Client:
     async def get(self, resource: Resource, name: str, namespace: str = "", *, decode: Decode[T]) -> T: ...
     async def get(self, resource: Resource, name: str, namespace: str = "", *, decode: Decode[Any] = _json) -> Any:
         """One object; raises `NotFoundError`."""
-        return decode(await self._call("get", "GET", resource, namespace, name))
+        return _decoded(decode, await self._call("get", "GET", resource, namespace, name))
 
     @overload
     async def list(
@@ -135,7 +135,7 @@ class Client:
         token = ""
         while True:
             page = await self.page(resource, namespace, params, token=token)
-            items += [decode(bytes(raw)) for raw in page.items or ()]
+            items += [_decoded(decode, bytes(raw)) for raw in page.items or ()]
             token = page.metadata.token
             if not token:
                 return items
@@ -145,7 +145,7 @@ class Client:
     ) -> Page:
         """One page of a list and the token of the next."""
         query = dict(params) | {"limit": str(limit)} | ({"continue": token} if token else {})
-        return _page(await self._call("list", "GET", resource, namespace, params=query))
+        return _decoded(_page, await self._call("list", "GET", resource, namespace, params=query))
 
     @contextlib.asynccontextmanager
     async def open(
@@ -168,7 +168,7 @@ class Client:
         """Raises `AlreadyExistsError`."""
         where = namespace or _namespace(body)
         params = {"fieldManager": self.field_manager}
-        return _json(await self._call("create", "POST", resource, where, params=params, body=body))
+        return _decoded(_json, await self._call("create", "POST", resource, where, params=params, body=body))
 
     async def replace(self, resource: Resource, body: Mapping[str, Any], *, timeout_s: float | None = None) -> Object:
         """PUT; the resourceVersion inside `body` must be the present one, else `ConflictError`."""
@@ -176,7 +176,7 @@ class Client:
         sent = self._call(
             "update", "PUT", resource, _namespace(body), meta["name"], params=params, body=body, timeout_s=timeout_s
         )
-        return _json(await sent)
+        return _decoded(_json, await sent)
 
     async def patch(
         self, resource: Resource, name: str, namespace: str, body: Any, *, subresource: str = "", kind: str = MERGE
@@ -186,7 +186,7 @@ class Client:
         sent = self._call(
             "patch", "PATCH", resource, namespace, name, subresource, params=params, body=body, content_type=kind
         )
-        return _json(await sent)
+        return _decoded(_json, await sent)
 
     async def apply(
         self, resource: Resource, body: Mapping[str, Any], *, subresource: str = "", force: bool = True
@@ -210,7 +210,7 @@ class Client:
             body=full,
             content_type=APPLY,
         )
-        return _json(await sent)
+        return _decoded(_json, await sent)
 
     async def apply_status(
         self, resource: Resource, name: str, namespace: str, status: Mapping[str, Any], *, version: str = ""
@@ -304,7 +304,7 @@ class Client:
                 raise UnreachableError(f"{method} {path}: {_told(error)}") from error
             async with response:
                 self._count(verb, resource, str(response.status))
-                if response.status < 400:
+                if response.status < 300 or response.status == 304:
                     yield response
                     return
                 try:
@@ -358,6 +358,13 @@ def selectors(label_selector: str, field_selector: str) -> dict[str, str]:
     """Query parameters of a selection."""
     both = {"labelSelector": label_selector, "fieldSelector": field_selector}
     return {name: value for name, value in both.items() if value}
+
+
+def _decoded(decode: Decode[T], body: bytes) -> T:
+    try:
+        return decode(body)
+    except Exception as error:
+        raise MalformedError(f"the answer does not decode: {described(error)}") from None
 
 
 def _namespace(body: Mapping[str, Any]) -> str:

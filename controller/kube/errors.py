@@ -2,6 +2,7 @@
 
     KubeError                    every failure of this package; knows `reason` and whether trying again can help
     ├── UnreachableError         no answer: refused, reset, timed out
+    ├── MalformedError           an answer that is not what its kind should be
     ├── CredentialsError         no usable kubeconfig, token or certificate
     ├── NotLeaderError           the lease is not held (any more): nothing was sent
     └── ApiError                 an answer from 400 on, with its `status`
@@ -44,6 +45,10 @@ class KubeError(Exception):
 
 class UnreachableError(KubeError):
     reason = "Unreachable"
+
+
+class MalformedError(KubeError):
+    reason = "Malformed"
 
 
 class CredentialsError(KubeError):
@@ -141,6 +146,17 @@ class _Kinds:
 
 
 _decode_status = msgspec.json.Decoder(Status).decode
+
+
+def described(error: Exception) -> str:
+    """What is wrong with an object that does not decode, without quoting it (it may be a secret)."""
+    if isinstance(error, msgspec.ValidationError):
+        return str(error)
+    listed = getattr(error, "errors", None)  # pydantic's
+    if callable(listed):
+        found = listed(include_url=False, include_input=False, include_context=False)
+        return "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in found)
+    return type(error).__name__
 
 
 def struck_out(message: str) -> str:

@@ -36,6 +36,7 @@ from controller.kube.errors import (
     NotFoundError,
     Status,
     UnreachableError,
+    described,
     status_error,
 )
 from controller.kube.metrics import ReflectorStats
@@ -186,7 +187,7 @@ class Reflector(Generic[T]):
                 failures += 1
                 self._version = ""
                 wait_s = self._pause(failures)
-                self._log.error("watch failed", error=_told(error), retry_in_s=round(wait_s, 2))
+                self._log.error("watch failed", error=described(error), retry_in_s=round(wait_s, 2))
             await asyncio.sleep(wait_s)
 
     def _pause(self, failures: int) -> float:
@@ -350,7 +351,7 @@ class Reflector(Generic[T]):
                 self._drop(key)  # deleted and made anew while we did not look
             old = self.store.put(key, Entry(value, meta.uid, meta.version))
         except Exception as error:
-            self._reject(key, _told(error))
+            self._reject(key, described(error))
             return meta.version
         self.malformed.pop(key, None)
         self._tell(key, value, None if old is None else old.value)
@@ -383,14 +384,3 @@ class Reflector(Generic[T]):
         except Exception:
             self.stats.handler_errors += 1
             self._log.exception("handler of changes failed", key=str(key))
-
-
-def _told(error: Exception) -> str:
-    """What is wrong with an object, without quoting it (it may be a secret)."""
-    if isinstance(error, msgspec.ValidationError):
-        return str(error)
-    listed = getattr(error, "errors", None)  # pydantic
-    if callable(listed):
-        found = listed(include_url=False, include_input=False, include_context=False)
-        return "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in found)
-    return type(error).__name__
