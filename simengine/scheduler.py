@@ -15,6 +15,8 @@ from simengine.counters import Counters
 from simengine.settings import Settings
 from simengine.wheel import Wheel
 
+_MAX_LAG_S = 0.1
+"""a stream that is later than this does not try to catch up"""
 Ending: TypeAlias = Literal["stop", "length", "abort", "error", ""]
 
 
@@ -37,6 +39,7 @@ class Job:
         "on_done",
         "on_halt",
         "on_tokens",
+        "plain",
         "position",
         "prompt_tokens",
         "running",
@@ -72,6 +75,8 @@ class Job:
         """stop after so many tokens without ending, and call `on_halt`"""
         self.on_halt: Callable[[], None] | None = None
         self.position = 0
+        self.plain = False
+        """one choice, one token a step, no halt"""
         self.running = False
         self.done = False
         self.aborted = False
@@ -151,6 +156,7 @@ class Scheduler:
         tokens = job.prompt_tokens + sum(job.lengths)
         size = self._settings.block_size_tokens
         job.blocks = min(self._settings.kv_blocks, (tokens + size - 1) // size)
+        job.plain = self._paced and self._step_tokens == 1 and len(job.lengths) == 1 and job.halt_at is None
         job.arrived_s = self._loop.time()
         if self._settings.jitter:
             drawn = zlib.crc32(spice, self._settings.seed & 0xFFFFFFFF) / 0xFFFFFFFF
@@ -194,6 +200,20 @@ class Scheduler:
         counters = self._counters
         now_s = self._loop.time()
         first = job.position
+        if first and job.plain and first + 1 < job.total:
+            # One token in the middle of one answer: nearly all steps of a paced engine, so written out.
+            counters.inter_token.observe(now_s - job.last_token_s)
+            counters.generation_tokens += 1
+            job.held_tokens += 1
+            self._held_tokens += 1
+            job.last_token_s = now_s
+            job.position = first + 1
+            gap_s = self._itl_s + self._itl_s_per_running * (len(self._running) - 1)
+            job.due_s = due_s = max(job.due_s + gap_s * job.scale, now_s - _MAX_LAG_S)
+            self.wheel.at(due_s, job.step)
+            if job.on_tokens is not None:
+                job.on_tokens(first, first + 1)
+            return
         last = first + self._step_tokens
         last = min(last, job.total)
         halt = job.halt_at
@@ -240,7 +260,7 @@ class Scheduler:
             return
         gap_s = self._itl_s + self._itl_s_per_running * (len(self._running) - 1)
         # From the last due time, not from now: the wheel's rounding must not add up over a stream.
-        job.due_s = max(job.due_s + gap_s * job.scale, now_s - 0.1)
+        job.due_s = max(job.due_s + gap_s * job.scale, now_s - _MAX_LAG_S)
         self.wheel.at(job.due_s, job.step)
 
     def _admit(self) -> None:

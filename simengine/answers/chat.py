@@ -91,6 +91,8 @@ class ChatAnswer:
         if len(choices) == 1 and not self._usage_each:
             before, after = self._first_before, self._first_after
             pieces = choices[0].pieces
+            if last - first == 1 and last < len(pieces):
+                return [before + pieces[first] + after]
             events = [before + piece + after for piece in pieces[first:last]]
             if last == len(pieces) and not self._sglang:
                 events[-1] = self._final(0, pieces[-1])
