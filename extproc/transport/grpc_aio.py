@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from extproc.transport.health import Health
 
 _MAX_HELD_MESSAGES: Final = 4
+_END_OR_CANCEL_S: Final = 0.001
 _READ_ON_BYTES: Final = 1 << 20
 """a stream with more than this left to write is not read from"""
 _STATUS: Final = {code.value[0]: code for code in grpc.StatusCode}
@@ -112,9 +113,10 @@ class _Stream:
             while self.call is not None:
                 message = await self._context.read()
                 if message is grpc.aio.EOF:
-                    await asyncio.sleep(0)
-                    if self._context.cancelled() or (self._context.time_remaining() or 1.0) <= 0:
-                        return  # no half-close: grpcio reads a cancelled stream as ended, and cancels `serve` next
+                    # grpcio reads a cancelled stream as ended, too, and says so in an event that comes a little later.
+                    await asyncio.sleep(_END_OR_CANCEL_S)
+                    if self._context.cancelled():
+                        return
                     break
                 if self.call is None:
                     return

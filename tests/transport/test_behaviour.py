@@ -226,7 +226,9 @@ async def test_close_ends_open_calls_and_listening(end, start, connect, book):
     await call.write(b"hello")
     assert await call.read() == b"hello"
     await server.close()
-    assert await book[0].over in {CloseReason.LOST, CloseReason.RESET}
+    # grpcio may read the end of a stream that is cut as a half-close.
+    expected = {CloseReason.LOST} if end == "h2" else {CloseReason.RESET, CloseReason.DONE}
+    assert await book[0].over in expected
     assert await call.code() is grpc.StatusCode.UNAVAILABLE
     await server.close()  # again does nothing
 
