@@ -46,7 +46,7 @@ _ENGINE_FIELDS: Final = (
 """Fields by which a client could steer an engine's inside: engines believe stale transfer parameters and dial the host
 they name, unpickle logit processors, jump queues. `*` as in file names."""
 _ENGINE_NAMES: Final = frozenset(name for name in _ENGINE_FIELDS if "*" not in name)
-_ENGINE_GLOBS: Final = tuple(name[:-1] for name in _ENGINE_FIELDS if "*" in name)
+_ENGINE_STEMS: Final = tuple(name[:-1] for name in _ENGINE_FIELDS if "*" in name)
 
 
 @dataclass(slots=True)
@@ -201,13 +201,17 @@ class _FieldPlan:
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self._allowed)
 
     def touches(self, fields: bodies.Fields) -> bool:
-        return bool(self.cache_salt) or not self._names.isdisjoint(fields) or bool(self.forbidden(fields))
+        if self.cache_salt or not self._names.isdisjoint(fields):
+            return True
+        # One look at all names together; a match across two of them only costs the exact look.
+        names = "\n".join(fields)
+        return any(stem in names for stem in _ENGINE_STEMS) and bool(self.forbidden(fields))
 
     def forbidden(self, fields: bodies.Fields) -> frozenset[str]:
         return frozenset(
             name
             for name in fields
-            if name in self._names or (name.startswith(_ENGINE_GLOBS) and not self._allows(name))
+            if name in self._names or (name.startswith(_ENGINE_STEMS) and not self._allows(name))
         )
 
 

@@ -173,22 +173,19 @@ def flag(fields: Fields, name: str) -> bool | Refused:
     return refused("invalid_field", f"'{name}' must be true or false.", param=name)
 
 
-_COUNTS: Final = (
-    ("max_tokens", _MAX_TOKENS),
-    ("max_completion_tokens", _MAX_TOKENS),
-    ("max_output_tokens", _MAX_TOKENS),
-    ("n", _MAX_CHOICES),
-    ("best_of", _MAX_CHOICES),
-)
+_COUNTS: Final = {
+    "max_tokens": _MAX_TOKENS,
+    "max_completion_tokens": _MAX_TOKENS,
+    "max_output_tokens": _MAX_TOKENS,
+    "n": _MAX_CHOICES,
+    "best_of": _MAX_CHOICES,
+}
 
 
 def check_counts(fields: Fields) -> Refused | None:
     """Fields that bound the answer must be whole numbers from 1 on: a reservation is computed from them."""
-    for name, most in _COUNTS:
-        raw = fields.get(name)
-        if raw is None:
-            continue
-        value = bytes(raw)
+    for name in _COUNTS.keys() & fields.keys():
+        value, most = bytes(fields[name]), _COUNTS[name]
         if value.isdigit() and len(value) <= 8 and 1 <= int(value) <= most:
             continue
         if value != b"null":

@@ -15,15 +15,16 @@ from collections.abc import Callable
 from typing import Final
 
 from extproc import messages
-from extproc.admission import Admission, Admitted, standing_headers
+from extproc.admission import Admission, Admitted
 from extproc.endpoints import ModelList, route
 from extproc.errors import Refused, refused
 from extproc.identity import secret_of
 from extproc.ledger.model import Accuracy, Ledger, UsageRecord
 from extproc.limits.model import Amounts, LimitStore
-from extproc.messages import HeaderName
+from extproc.messages import Attribute, HeaderName
 from extproc.observe.metrics import GatewayMetrics
 from extproc.picking import Outcome, Picker
+from extproc.replies import Replies
 from extproc.snapshot.index import Principal
 from extproc.transport.core import CloseReason, GrpcError
 from extproc.usage.model import Api, Tap, Usage
@@ -38,30 +39,8 @@ _REQUEST_ID: Final = HeaderName("x-request-id")
 _CONTENT_LENGTH: Final = HeaderName("content-length")
 _CONTENT_TYPE: Final = HeaderName("content-type")
 _CONTENT_ENCODING: Final = HeaderName("content-encoding")
-
-PIN_HEADER: Final = "x-gateway-destination-endpoint"
-OWNED_HEADERS: Final = (
-    PIN_HEADER,
-    "x-gateway-destination-endpoint-subset",
-    "model",
-    "namespace",
-    "username",
-    "x-arks-tenant",
-    "x-arks-priority",
-)
-"""Headers that are the gateway's word; a client's copies never pass"""
-
-# Credentials stop here: engines need none of ours, and their logs are not ours to keep clean. A compressed answer could
-# not be metered by every tap nor have its usage event hidden, so engines are asked for plain ones.
-_STRIPPED: Final = b"".join(
-    messages.remove_header(name)
-    for name in (
-        "authorization",
-        "x-api-key",
-        "accept-encoding",
-        *(set(OWNED_HEADERS) - {PIN_HEADER, "model", "namespace", "username"}),
-    )
-)
+_UPSTREAM: Final = Attribute("upstream.address")
+_RESPONSE_CODE: Final = Attribute("response.code")
 
 INVALID_ARGUMENT: Final = 3
 CLIENT_CLOSED_REQUEST: Final = 499
@@ -70,7 +49,7 @@ CLIENT_CLOSED_REQUEST: Final = 499
 class Deps:
     """What all exchanges share."""
 
-    __slots__ = ("admission", "ledger", "metrics", "on_abandoned", "open", "picker", "pins", "ratios", "store")
+    __slots__ = ("admission", "ledger", "metrics", "on_abandoned", "open", "picker", "ratios", "replies", "store")
 
     def __init__(
         self, admission: Admission, store: LimitStore, ledger: Ledger, picker: Picker, metrics: GatewayMetrics
@@ -84,57 +63,9 @@ class Deps:
         """requests at an engine now"""
         self.ratios: dict[tuple[str, str], float] = {}
         """per endpoint: real prompt tokens per token of upper bound, learned from exact answers"""
-        self.pins = _Pins()
+        self.replies = Replies()
         self.on_abandoned: Callable[[str], None] = lambda _address: None
         """told the engine of a stream that ended before its end: it may have died"""
-
-
-class _Pins:
-    """The pieces of a request's reply that only depend on the engine, or only on the grant, written once."""
-
-    __slots__ = ("_engines", "_grants")
-
-    def __init__(self) -> None:
-        self._engines: dict[tuple[str, ...], tuple[bytes, bytes]] = {}
-        self._grants: dict[tuple[str, str, str, str], tuple[bytes, bytes]] = {}
-
-    def engine(self, addresses: tuple[str, ...]) -> tuple[bytes, bytes]:
-        """Header mutation and envoy.lb metadata that pin the request to these engines, in order."""
-        found = self._engines.get(addresses)
-        if found is None:
-            if len(self._engines) > 50_000:
-                self._engines.clear()
-            value = ",".join(addresses)
-            found = self._engines[addresses] = (
-                messages.set_header(PIN_HEADER, value.encode()),
-                messages.metadata("envoy.lb", messages.string_struct({PIN_HEADER: value})),
-            )
-        return found
-
-    def grant(self, namespace: str, token: str, model: str, endpoint: str) -> tuple[bytes, bytes]:
-        """Header mutation that names tenant and model (as Arks' routes match them), and metadata for access logs."""
-        key = (namespace, token, model, endpoint)
-        found = self._grants.get(key)
-        if found is None:
-            if len(self._grants) > 50_000:
-                self._grants.clear()
-            headers = {"model": endpoint, "namespace": namespace, "username": token}
-            found = self._grants[key] = (
-                b"".join(messages.set_header(name, value.encode()) for name, value in headers.items()) + _STRIPPED,
-                messages.metadata(
-                    "arks",
-                    messages.string_struct(
-                        {
-                            "token": token,
-                            "namespace": namespace,
-                            "model": model,
-                            "endpoint": endpoint,
-                            "decision": "admitted",
-                        }
-                    ),
-                ),
-            )
-        return found
 
 
 class Exchange:
@@ -185,7 +116,7 @@ class Exchange:
             if kind == messages.REQUEST_HEADERS:
                 return self._request_headers(message, at, end)
             if kind == messages.REQUEST_BODY:
-                return self._request_body(*messages.body_of(message, at, end))
+                return self._request_body(messages.body_of(message, at, end)[0])
             if kind == messages.RESPONSE_HEADERS:
                 return self._response_headers(message, at, end)
         except (messages.BadMessage, IndexError):
@@ -238,7 +169,7 @@ class Exchange:
             return self._refuse(listing)
         return messages.immediate_response(200, _JSON, listing, "arks_models")
 
-    def _request_body(self, body: bytes, end_of_stream: bool) -> bytes:
+    def _request_body(self, body: bytes) -> bytes:
         principal = self._principal
         if principal is None or self._admitted is not None:
             raise GrpcError(INVALID_ARGUMENT, "a request body out of turn; is request_body_mode BUFFERED?")
@@ -251,14 +182,11 @@ class Exchange:
         self._engine = pick.addresses[0]
         deps.picker.begin(self._engine)
         deps.open += 1
-        token, endpoint = principal.token, admitted.endpoint
-        pin_header, pin_metadata = deps.pins.engine(pick.addresses)
-        grant_headers, grant_metadata = deps.pins.grant(token.namespace, token.name, endpoint.model, endpoint.name)
-        mutation = pin_header + grant_headers
-        if admitted.body is not None and self._content_length:
-            # Envoy refuses a changed body whose content-length does not say its new size.
-            mutation += messages.set_header("content-length", str(len(admitted.body)).encode())
-        return messages.request_body_reply(mutation, pin_metadata + grant_metadata, admitted.body)
+        token, endpoint, body_changed = principal.token, admitted.endpoint, admitted.body
+        who = (token.namespace, token.name, endpoint.model, endpoint.name, pick.addresses)
+        if body_changed is None:
+            return deps.replies.admitted(*who)
+        return deps.replies.changed(*who, body_changed, resize=self._content_length)
 
     def _refuse(self, answer: Refused) -> bytes:
         principal = self._principal
@@ -269,12 +197,13 @@ class Exchange:
     # --- response -------------------------------------------------------------------------------------------------
 
     def _response_headers(self, message: bytes, at: int, end: int) -> bytes:
+        attributes = messages.attributes_of(message, end)
         at, end, no_body = messages.headers_of(message, at, end)
         status = _STATUS.find(message, at, end) or b""
         self._status = int(status) if status.isdigit() else 0
         admitted = self._admitted
-        served = messages.attribute_of(message, "upstream.address")
-        if served is None and messages.attribute_of(message, "response.code") is not None:
+        served = _UPSTREAM.text(message, *attributes)
+        if served is None and _RESPONSE_CODE.find(message, *attributes) is not None:
             return self._answered_by_envoy()
         if admitted is None:
             return messages.CONTINUE_RESPONSE_HEADERS
@@ -292,7 +221,7 @@ class Exchange:
                 content_encoding=encoding.decode("latin-1"),
                 hide_usage=admitted.hide_usage,
             )
-        mutation = _standing(admitted)
+        mutation = self._deps.replies.standing(admitted.lease)
         if admitted.hide_usage:
             mutation += _CHANGED_LENGTH
             if self._tap is not None and self._tap.decodes:
@@ -468,10 +397,3 @@ class Exchange:
 _JSON: Final = messages.set_header("content-type", b"application/json")
 _CHANGED_LENGTH: Final = messages.remove_header("content-length")
 _DECODED: Final = messages.remove_header("content-encoding")
-
-
-def _standing(admitted: Admitted) -> bytes:
-    lease = admitted.lease
-    return b"".join(
-        messages.set_header(name, value.encode()) for name, value in standing_headers(lease.requests, lease.tokens)
-    )

@@ -16,9 +16,9 @@ REQUEST_BODY: Final = 4
 RESPONSE_BODY: Final = 5
 REQUEST_TRAILERS: Final = 6
 RESPONSE_TRAILERS: Final = 7
-_ATTRIBUTES: Final = 9
 
 _LEN: Final = 2
+_ATTRIBUTES_TAG: Final = 0x4A  # field 9
 
 
 class BadMessage(Exception):  # noqa: N818 - names the message, not the error
@@ -114,6 +114,13 @@ def body_of(message: bytes, at: int, end: int) -> tuple[bytes, bool]:
 
 def headers_of(message: bytes, at: int, end: int) -> tuple[int, int, bool]:
     """Where an HttpHeaders' header map stands in the message, and its end_of_stream."""
+    if at < end and message[at] == 0x0A:
+        size, start = varint(message, at + 1)
+        stop = start + size
+        if stop == end:
+            return start, stop, False
+        if end - stop == 2 and message[stop] == 0x18:
+            return start, stop, message[stop + 1] == 1
     block = (at, at)
     end_of_stream = False
     for number, kind, start, stop in fields(message, at, end):
@@ -132,21 +139,31 @@ class HeaderName:
     value, so a forged key could only begin with a length byte, and its value's tag would have to be forged too.
     """
 
-    __slots__ = ("_bare", "_needle", "_size")
+    __slots__ = ("_bare", "_needle", "_raw", "_size")
 
     def __init__(self, name: str) -> None:
         self._needle = b"\x0a" + bytes((len(name),)) + name.encode()
+        self._raw = self._needle + b"\x1a"
         self._size = len(self._needle)
         self._bare = b"\x0a" + bytes((self._size,))
 
     def find(self, message: bytes, at: int, end: int) -> bytes | None:
         """The first value of this header in the map that stands at message[at:end]; None where it is absent."""
+        found = message.find(self._raw, at, end)
+        if found >= 0:
+            start = found + self._size + 2
+            stop = start + message[start - 1]
+            if stop - start < 0x80 and stop <= end:
+                return message[start:stop]
+        return self._find_any(message, at, end)
+
+    def _find_any(self, message: bytes, at: int, end: int) -> bytes | None:
+        """Long values, empty ones, and those in `value` (field 2), which clients other than Envoy may send."""
         while True:
             found = message.find(self._needle, at, end)
             if found < 0:
                 return None
             at = found + self._size
-            # raw_value (field 3) is what Envoy sends; value (field 2) what other clients of this protocol may send.
             if at < end and message[at] in (0x1A, 0x12):
                 size, start = varint(message, at + 1)
                 if start + size > end:
@@ -156,18 +173,42 @@ class HeaderName:
                 return b""  # an empty value is left out on the wire: the entry is its key alone
 
 
-def attribute_of(message: bytes, name: str) -> str | None:
-    """A string attribute that Envoy sent with this message (`request_attributes`, `response_attributes`)."""
-    for number, kind, start, stop in fields(message, 0, len(message)):
-        if number == _ATTRIBUTES and kind == _LEN:
-            needle = b"\x0a" + bytes((len(name),)) + name.encode() + b"\x12"
-            at = message.find(needle, start, stop)
-            if at >= 0:
-                _, at = varint(message, at + len(needle))  # the Value's length
-                if at < stop and message[at] == 0x1A:  # string_value
-                    size, at = varint(message, at + 1)
-                    return message[at : at + size].decode("utf-8", "replace")
-    return None
+def attributes_of(message: bytes, at: int) -> tuple[int, int]:
+    """Where the attributes stand that Envoy sent with this message; `at` is where the oneof's content ends."""
+    if at < len(message) and message[at] != _ATTRIBUTES_TAG:
+        for number, kind, start, stop in fields(message, at, len(message)):
+            if number == _ATTRIBUTES_TAG >> 3 and kind == _LEN:
+                return start, stop
+        return 0, 0
+    if at == len(message):
+        return 0, 0
+    size, start = varint(message, at + 1)
+    return start, start + size
+
+
+class Attribute:
+    """One of `request_attributes` or `response_attributes`."""
+
+    __slots__ = ("_key",)
+
+    def __init__(self, name: str) -> None:
+        self._key = b"\x0a" + bytes((len(name),)) + name.encode() + b"\x12"
+
+    def find(self, message: bytes, at: int, end: int) -> bytes | None:
+        """Its google.protobuf.Value among the attributes at message[at:end]; None where it is absent."""
+        found = message.find(self._key, at, end)
+        if found < 0:
+            return None
+        size, start = varint(message, found + len(self._key))
+        return message[start : start + size]
+
+    def text(self, message: bytes, at: int, end: int) -> str | None:
+        """Its value where that is a string."""
+        value = self.find(message, at, end)
+        if value is None or value[:1] != b"\x1a":
+            return None
+        _, start = varint(value, 1)
+        return value[start:].decode("utf-8", "replace")
 
 
 # --- writing ------------------------------------------------------------------------------------------------------

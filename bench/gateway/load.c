@@ -88,8 +88,7 @@ static int backend_chunk(int fd, struct peer *p, int chunks, double rate) {
   if (p->sent < chunks) {
     size = snprintf(event, sizeof event,
                     "data: {\"id\":\"chatcmpl-1\",\"object\":\"chat.completion.chunk\",\"created\":1,\"model\":\"qwen-7b\","
-                    "\"choices\":[{\"index\":0,\"delta\":{\"content\":\" token\"},\"logprobs\":null,\"finish_reason\":null}],"
-                    "\"t\":%llu}\n\n",
+                    "\"choices\":[{\"index\":0,\"delta\":{\"content\":\"@%llu\"},\"logprobs\":null,\"finish_reason\":null,\"token_ids\":null}]}\n\n",
                     (unsigned long long)now_ns());
     size = snprintf(out, sizeof out, "%x\r\n%s\r\n", size, event);
   } else {
@@ -277,9 +276,9 @@ static int feed(struct conn *c, char *data, size_t size, uint64_t t) {
     c->head_done = 1;
     at = stop + 4;
   }
-  for (char *p = at; (p = memmem(p, (size_t)(end - p), "\"t\":", 4)); p += 4) {
+  for (char *p = at; (p = memmem(p, (size_t)(end - p), "\"@", 2)); p += 2) {
     chunks_seen++;
-    uint64_t sent = strtoull(p + 4, NULL, 10);
+    uint64_t sent = strtoull(p + 2, NULL, 10);
     if (chunk_count_sampled < MAX_SAMPLES && t > sent) chunk_samples[chunk_count_sampled++] = (uint32_t)((t - sent) / 1000);
   }
   if (!c->chunked) {

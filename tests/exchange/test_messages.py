@@ -70,12 +70,20 @@ def test_bodies_of_any_size(body, end_of_stream, field):
     assert messages.body_of(raw, at, end) == (body, end_of_stream)
 
 
-@given(st.dictionaries(st.sampled_from(["upstream.address", "response.code", "x"]), st.text(max_size=30)))
-def test_attributes(attributes):
-    raw = header_message([], field="response_headers", attributes=attributes).SerializeToString()
+@given(
+    st.dictionaries(st.sampled_from(["upstream.address", "response.code", "x"]), st.text(max_size=30)), st.booleans()
+)
+def test_attributes(attributes, metadata):
+    message = header_message([("a", b"b")], field="response_headers", attributes=attributes)
+    if metadata:
+        # Claims of a client's own making stand before the attributes, and may hold any text.
+        forged = b"\x0a\x10upstream.address\x12\x07\x1a\x056.6.6".decode()
+        message.metadata_context.filter_metadata["jwt"].fields["claim"].string_value = forged
+    raw = message.SerializeToString()
+    _, _, end = messages.kind_of(raw)
+    where = messages.attributes_of(raw, end)
     for name in ("upstream.address", "response.code", "absent"):
-        found = messages.attribute_of(raw, name)
-        assert found == attributes.get(name) or (found is None and not attributes.get(name))
+        assert messages.Attribute(name).text(raw, *where) == attributes.get(name)
 
 
 def test_message_with_the_oneof_last_or_absent():
@@ -99,7 +107,7 @@ def test_garbage_is_a_bad_message_or_nothing(data):
         elif kind:
             at, end, _ = messages.headers_of(data, at, end)
             HeaderName(":path").find(data, at, end)
-            messages.attribute_of(data, "upstream.address")
+            messages.Attribute("upstream.address").text(data, *messages.attributes_of(data, end))
     except BadMessage:
         pass
 

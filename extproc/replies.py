@@ -1,0 +1,117 @@
+"""Replies to Envoy whose bytes repeat: written once per grant and engine, or once per number of digits.
+
+A request's reply depends on who asks and which engine was picked, and on nothing else unless its body is changed; the
+standing of its limits differs in a few digits only. Building these from scratch cost more than the decision itself.
+"""
+
+from typing import Final
+
+from extproc import messages
+from extproc.limits.model import Lease, Standing
+
+PIN_HEADER: Final = "x-gateway-destination-endpoint"
+OWNED_HEADERS: Final = (
+    PIN_HEADER,
+    "x-gateway-destination-endpoint-subset",
+    "model",
+    "namespace",
+    "username",
+    "x-arks-tenant",
+    "x-arks-priority",
+)
+"""Headers that are the gateway's word; a client's copies never pass"""
+_SET: Final = frozenset({PIN_HEADER, "model", "namespace", "username"})
+
+# Credentials stop here: engines need none of ours, and their logs are not ours to keep clean. A compressed answer could
+# not have its usage event hidden in place, so engines are asked for plain ones.
+_STRIPPED: Final = b"".join(
+    messages.remove_header(name)
+    for name in ("authorization", "x-api-key", "accept-encoding", *(n for n in OWNED_HEADERS if n not in _SET))
+)
+_MOST: Final = 50_000
+"""entries of a cache before it is begun anew: grants and engines come and go"""
+
+
+class Replies:
+    """The caches. One per process."""
+
+    __slots__ = ("_standings", "_whole")
+
+    def __init__(self) -> None:
+        self._whole: dict[tuple[str, str, str, str, tuple[str, ...]], bytes] = {}
+        self._standings: dict[tuple[str, int, int, int], tuple[bytes, bytes, bytes]] = {}
+
+    def admitted(self, namespace: str, token: str, model: str, endpoint: str, engines: tuple[str, ...]) -> bytes:
+        """Go on to these engines, in order, with the body as it is."""
+        key = (namespace, token, model, endpoint, engines)
+        found = self._whole.get(key)
+        if found is None:
+            if len(self._whole) > _MOST:
+                self._whole.clear()
+            found = self._whole[key] = self.changed(namespace, token, model, endpoint, engines, None, resize=False)
+        return found
+
+    def changed(
+        self,
+        namespace: str,
+        token: str,
+        model: str,
+        endpoint: str,
+        engines: tuple[str, ...],
+        body: bytes | None,
+        *,
+        resize: bool,
+    ) -> bytes:
+        """The same with another body; `resize` where the request has a content-length.
+
+        `model`, `namespace` and `username` are the headers that Arks' routes match on: `model` there is the endpoint.
+        """
+        pin = ",".join(engines)
+        headers = {PIN_HEADER: pin, "model": endpoint, "namespace": namespace, "username": token}
+        if body is not None and resize:
+            # Envoy refuses a changed body whose content-length does not say its new size.
+            headers["content-length"] = str(len(body))
+        mutation = b"".join(messages.set_header(name, value.encode()) for name, value in headers.items()) + _STRIPPED
+        decision = {
+            "token": token,
+            "namespace": namespace,
+            "model": model,
+            "endpoint": endpoint,
+            "decision": "admitted",
+        }
+        metadata = messages.metadata("envoy.lb", messages.string_struct({PIN_HEADER: pin})) + messages.metadata(
+            "arks", messages.string_struct(decision)
+        )
+        return messages.request_body_reply(mutation, metadata, body)
+
+    def standing(self, lease: Lease) -> bytes:
+        """Header mutations that tell how much is left: x-ratelimit-*."""
+        requests, tokens = lease.requests, lease.tokens
+        return (self._family("requests", requests) if requests is not None else b"") + (
+            self._family("tokens", tokens) if tokens is not None else b""
+        )
+
+    def _family(self, family: str, standing: Standing) -> bytes:
+        limit, remaining, reset_s = standing
+        left = b"%d" % remaining
+        reset = b"%d" % int(reset_s + 0.999)
+        key = (family, limit, len(left), len(reset))
+        pieces = self._standings.get(key)
+        if pieces is None:
+            if len(self._standings) > _MOST:
+                self._standings.clear()
+            pieces = self._standings[key] = _pieces(family, limit, len(left), len(reset))
+        before, between, after = pieces
+        return before + left + between + reset + after
+
+
+def _pieces(family: str, limit: int, left_digits: int, reset_digits: int) -> tuple[bytes, bytes, bytes]:
+    """The bytes around the two numbers that change, for numbers of so many digits."""
+    text = (
+        messages.set_header(f"x-ratelimit-limit-{family}", b"%d" % limit)
+        + messages.set_header(f"x-ratelimit-remaining-{family}", b"\0" * left_digits)
+        + messages.set_header(f"x-ratelimit-reset-{family}", b"\0" * reset_digits + b"s")
+    )
+    left = text.index(b"\0" * left_digits)
+    reset = text.rindex(b"\0" * reset_digits)
+    return text[:left], text[left + left_digits : reset], text[reset + reset_digits :]
