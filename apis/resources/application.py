@@ -11,8 +11,8 @@ from apis.resources.workload import LoraAdapter, PodGroupPolicy, RollingUpdate, 
 
 class ArksApplicationSpec(Model):
     replicas: int = 0
-    size: int = 1
-    """pods that serve together as one replica"""
+    size: int = 0
+    """pods that serve together as one replica; less than 1 counts as 1"""
     runtime: str = ""
     """vllm (also when empty), sglang or dynamo"""
     runtime_image: str = ""

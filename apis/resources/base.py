@@ -1,9 +1,9 @@
 """What every `arks.ai/v1` kind shares: metadata, references, conditions, and how a cross-field rule is written.
 
 The models are read by three parties: the folder source and the controller validate with them, `apis.crds` turns them
-into CustomResourceDefinitions. Unknown fields are ignored, as an API server prunes them; a caller that wants to hear of
-typing errors validates with `extra="forbid"`. Types are strict: `"5"` is no number, as on an API server. Errors never
-carry the input, which may be a secret.
+into CustomResourceDefinitions. Unknown fields are ignored, as an API server prunes them; who wants to hear of typing
+errors validates a token, quota or endpoint with `extra="forbid"`. Types are strict: `"5"` is no number, as on an API
+server. Errors never carry the input, which may be a secret.
 """
 
 from datetime import datetime
@@ -77,6 +77,10 @@ Time: TypeAlias = Annotated[
 ]
 
 
+SERVED: dict[str, Any] = {"x-arks-served-default": True}
+"""Marks a field whose empty default the API server is to write down: rules read the field, or Arks always had it."""
+
+
 def cel(rule: str, message: str) -> dict[str, Any]:
     """One cross-field rule as the API server evaluates it; the model's validator says the same in Python."""
     return {"message": message, "rule": rule}
@@ -112,7 +116,7 @@ class LocalObjectReference(Model):
 
     model_config = ConfigDict(json_schema_extra={"x-kubernetes-map-type": "atomic"})
 
-    name: str = ""
+    name: str = Field(default="", json_schema_extra=SERVED)
 
 
 class SecretKeyReference(Model):

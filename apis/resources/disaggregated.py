@@ -39,7 +39,8 @@ class RouterSpec(Model):
 
 class DisaggregatedRole(Model):
     replicas: Int32 | None = None
-    size: int = 1
+    size: int = 0
+    """pods that serve together as one replica; less than 1 counts as 1"""
     leader_command_override: list[str] = []
     worker_command_override: list[str] = []
     runtime_common_args: list[str] = []

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import ConfigDict, Field, WithJsonSchema, model_validator
 
-from apis.resources.base import DNS_LABEL, DNS_SUBDOMAIN, Int32, Model, Port, cel
+from apis.resources.base import DNS_LABEL, DNS_SUBDOMAIN, SERVED, Int32, Model, Port, cel
 
 Group: TypeAlias = Annotated[str, Field(max_length=253, pattern="^$|" + DNS_SUBDOMAIN)]
 Kind: TypeAlias = Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[a-zA-Z]([-a-zA-Z0-9]*[a-zA-Z0-9])?$")]
@@ -138,7 +138,7 @@ class HTTPBackendRef(Model):
         }
     )
 
-    group: Group = ""
+    group: Group = Field(default="", json_schema_extra=SERVED)
     kind: Kind = "Service"
     name: ObjectName
     namespace: Namespace | None = None

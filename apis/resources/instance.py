@@ -4,7 +4,7 @@ Field names and types are Kubernetes' own (core/v1). Deep core types pass throug
 sense to leave out; the API server checks them when the pod is made.
 """
 
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -83,30 +83,33 @@ class ResourceRequirements(Model):
 StringMap: TypeAlias = dict[str, str]
 AtomicMap: TypeAlias = Annotated[dict[str, str], Field(json_schema_extra={"x-kubernetes-map-type": "atomic"})]
 
+# Rules over a list need a bound, or the API server finds them too costly to keep.
+_BOUNDED = Field(max_length=1024)
+
 _VOLUME = f"the volume name {RESERVED_VOLUME} is reserved for the model's weights"
 _MOUNT = f"the mount path {RESERVED_MOUNT_PATH} is reserved for the model's weights"
 
 
+_RULES: list[Any] = [
+    cel(f"!has(self.volumes) || self.volumes.all(v, v.name != '{RESERVED_VOLUME}')", _VOLUME),
+    cel(
+        "!has(self.volumeMounts) || self.volumeMounts.all(m, "
+        f"m.mountPath != '{RESERVED_MOUNT_PATH}' && m.mountPath != '{RESERVED_MOUNT_PATH}/')",
+        _MOUNT,
+    ),
+]
+
+
 class ArksInstanceSpec(Model):
-    model_config = ConfigDict(
-        json_schema_extra={
-            "x-kubernetes-validations": [
-                cel(f"!has(self.volumes) || self.volumes.all(v, v.name != '{RESERVED_VOLUME}')", _VOLUME),
-                cel(
-                    f"!has(self.volumeMounts) || self.volumeMounts.all(m, m.mountPath != '{RESERVED_MOUNT_PATH}')",
-                    _MOUNT,
-                ),
-            ]
-        }
-    )
+    model_config = ConfigDict(json_schema_extra={"x-kubernetes-validations": _RULES})
 
     labels: StringMap | None = None
     annotations: StringMap | None = None
 
     env: list[EnvVar] | None = None
     resources: ResourceRequirements | None = None
-    volumes: list[Named] | None = None
-    volume_mounts: list[VolumeMount] | None = None
+    volumes: Annotated[list[Named], _BOUNDED] | None = None
+    volume_mounts: Annotated[list[VolumeMount], _BOUNDED] | None = None
     init_containers: list[Named] | None = None
     liveness_probe: Probe | None = None
     readiness_probe: Probe | None = None
@@ -151,6 +154,8 @@ class ArksInstanceSpec(Model):
     def _reserved(self) -> "ArksInstanceSpec":
         if any(volume.name == RESERVED_VOLUME for volume in self.volumes or ()):
             raise ValueError(_VOLUME)
-        if any(mount.mount_path == RESERVED_MOUNT_PATH for mount in self.volume_mounts or ()):
+        if any(
+            mount.mount_path in {RESERVED_MOUNT_PATH, f"{RESERVED_MOUNT_PATH}/"} for mount in self.volume_mounts or ()
+        ):
             raise ValueError(_MOUNT)
         return self

@@ -213,7 +213,7 @@ class Progress(Model):
 
 
 class ArksModelStatus(Status):
-    phase: str = "Pending"
+    phase: str | None = None
     """Pending, StorageCreating, ModelLoading, Ready or Failed"""
     revision: str | None = None
     """what was downloaded: the hub's commit, or the artifact's digest"""

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import ConfigDict, Field, model_validator
 
-from apis.resources.base import Int32, IntOrString, LocalObjectReference, Model, Status, cel
+from apis.resources.base import SERVED, Int32, IntOrString, LocalObjectReference, Model, Status, cel
 
 Phase: TypeAlias = Literal["Pending", "Checking", "Loading", "Creating", "Running", "Failed"]
 ConditionType: TypeAlias = Literal["Precheck", "Loaded", "Ready"]
@@ -51,13 +51,17 @@ class RollingUpdate(Model):
     model_config = ConfigDict(
         json_schema_extra={
             "x-kubernetes-validations": [
-                cel("!(self.maxUnavailable in [0, '0%'] && self.maxSurge in [0, '0%'])", _STUCK)
+                cel(
+                    "!((self.maxUnavailable == 0 || self.maxUnavailable == '0%')"
+                    " && (self.maxSurge == 0 || self.maxSurge == '0%'))",
+                    _STUCK,
+                )
             ]
         }
     )
 
     max_unavailable: IntOrString = 1
-    max_surge: IntOrString = 0
+    max_surge: IntOrString = Field(default=0, json_schema_extra=SERVED)
     partition: Annotated[Int32, Field(ge=0)] = 0
     """replicas below this ordinal stay as they are"""
 

@@ -14,7 +14,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import BinaryIO, Final, NamedTuple, TypeAlias
 
-from apis.compile import Fragment, Ident, link
+from apis.compile import link
+from apis.fragments import Fragment, Ident
 from apis.policy import EMPTY, Policy
 from extproc.snapshot.errors import Note, PolicyError, PolicyErrors
 from extproc.snapshot.reader import Fault, Piece, read

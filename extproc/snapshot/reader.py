@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
-from apis.compile import EndpointFragment, Fragment, Source, TokenFragment, fragment
+from apis.fragments import EndpointFragment, Fragment, Source, TokenFragment, fragment
 from apis.resources import KINDS
 from apis.resources.base import API_VERSION, GROUP, Foreign, ObjectMeta, Resource
 from apis.resources.kubernetes import FOREIGN_KINDS
