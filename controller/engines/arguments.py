@@ -16,7 +16,7 @@ Option = tuple[str, ...]
 """One option with its values, e.g. ``("--port", "8080")`` or ``("--headless",)``."""
 
 _FLAG = re.compile(r"^(--[A-Za-z]|-[A-Za-z])")
-_INNER_FLAG = re.compile(r"\s--?[A-Za-z]")
+_INNER_FLAG = re.compile(r"\s--[A-Za-z]")
 _SHELL_NAME = re.compile(r"\$(?:\{([A-Za-z_][A-Za-z0-9_]*)\}|([A-Za-z_][A-Za-z0-9_]*))")
 
 

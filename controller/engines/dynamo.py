@@ -154,8 +154,7 @@ def _problems(spec: LaunchSpec, args: Sequence[str]) -> tuple[Problem, ...]:
     problems: tuple[Problem, ...] = ()
     if not spec.allow_unknown:
         problems = option_problems(f"dynamo-{backend(spec)}", spec.version, args, spec.args_field)
-    if backend(spec) == "vllm":
-        problems += vllm.parallelism_problems(spec)
+    problems += vllm.parallelism_problems(spec) if backend(spec) == "vllm" else sglang.group_problems(spec)
     if spec.stage is not Stage.WHOLE and discovery(spec) is Discovery.POD:
         problems += (
             Problem(
@@ -178,7 +177,13 @@ def launch(spec: LaunchSpec) -> Launch:
     env = (*vllm.rank_env(spec), *(vllm.transfer_env(spec) if backend(spec) == "vllm" else ()))
     metrics = sglang.METRICS if backend(spec) == "sglang" else vllm.METRICS
     if spec.headless:
-        return Launch(command, env=(*_environment(spec), *env), grace_s=stop.grace_s, metrics=metrics)
+        return Launch(
+            command,
+            env=(*_environment(spec), *env),
+            lifecycle=stop.follow(spec.group.leader_address, SYSTEM_PORT),
+            grace_s=stop.grace_s,
+            metrics=metrics,
+        )
     status = (
         {"name": "DYN_SYSTEM_PORT", "value": str(SYSTEM_PORT)},
         {"name": "DYN_SYSTEM_HOST", "value": "0.0.0.0"},

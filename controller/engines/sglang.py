@@ -18,12 +18,13 @@ from controller.engines.model import (
     LaunchSpec,
     MetricNames,
     Probes,
+    Problem,
     Stage,
     http_probe,
 )
 from controller.engines.stopping import stopping
 from controller.engines.version import at_least
-from controller.engines.vllm import rank_env
+from controller.engines.vllm import parallelism_problems, rank_env
 
 RENDEZVOUS_PORT = 20000
 BOOTSTRAP_PORT = 8998
@@ -88,6 +89,10 @@ def engine_options(spec: LaunchSpec) -> list[Option]:
     return options
 
 
+def group_problems(spec: LaunchSpec) -> tuple[Problem, ...]:
+    return parallelism_problems(spec, ALIASES, ("tp-size", "pp-size", "dp-size"))
+
+
 def bootstrap_annotation(spec: LaunchSpec) -> Mapping[str, str]:
     """Tells the router where prefill pods meet decode pods; without it the router guesses."""
     if spec.stage is not Stage.PREFILL or spec.headless:
@@ -105,12 +110,20 @@ def launch(spec: LaunchSpec) -> Launch:
     options.append(("--enable-metrics",))
     command = ("python3", "-m", "sglang.launch_server", *merge(options, spec.args, ALIASES))
     problems = () if spec.allow_unknown else option_problems("sglang", spec.version, spec.args, spec.args_field)
+    problems += group_problems(spec)
     env = list(rank_env(spec))
     if spec.accelerator is Accelerator.CPU:
         env.append({"name": "SGLANG_USE_CPU_ENGINE", "value": "1"})
-    if spec.headless:
-        return Launch(command, env=tuple(env), grace_s=stop.grace_s, metrics=METRICS, problems=problems)
     port = positive_int(option_value(spec.args, "port", ALIASES)) or SERVING_PORT
+    if spec.headless:
+        return Launch(
+            command,
+            env=tuple(env),
+            lifecycle=stop.follow(spec.group.leader_address, port),
+            grace_s=stop.grace_s,
+            metrics=METRICS,
+            problems=problems,
+        )
     return Launch(
         command,
         env=tuple(env),

@@ -4,6 +4,9 @@ Kubernetes removes a deleted pod from its Service and sends SIGTERM at the same 
 keeps the engine open until Envoy has heard. After it the engine drains for the rest of the grace period
 (vLLM answers new requests with errors while it drains, and without ``--shutdown-timeout`` leaves open
 streams hanging until SIGKILL). An idle engine leaves at once, so a long grace period costs nothing.
+
+The other pods of a group compute what its leader streams, and are told to go at the same moment: they stay for
+as long as the leader's port is open. A leader that crashed has no open port, so its group is rebuilt at once.
 """
 
 from __future__ import annotations
@@ -11,6 +14,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 LEAVE_S = 15
+# While the leader accepts connections, wait; any failure to connect, or the end of the time, ends the wait.
+_FOLLOW = (
+    "import os,socket,time\n"
+    "end=time.monotonic()+{wait_s}\n"
+    "while time.monotonic()<end:\n"
+    " socket.create_connection((os.environ['{leader}'],{port}),2).close()\n"
+    " time.sleep(1)\n"
+)
 DRAIN_S = 300
 MARGIN_S = 15
 
@@ -27,6 +38,11 @@ class Stopping:
         if self.leave_s == 0:
             return None
         return {"preStop": {"exec": {"command": ["sleep", str(self.leave_s)]}}}
+
+    def follow(self, leader_variable: str, port: int) -> dict[str, object]:
+        """The pre-stop hook of a pod that works for a leader elsewhere."""
+        script = _FOLLOW.format(wait_s=self.leave_s + self.drain_s, leader=leader_variable, port=port)
+        return {"preStop": {"exec": {"command": ["python3", "-c", script]}}}
 
 
 def stopping(grace_s: int | None) -> Stopping:

@@ -108,20 +108,27 @@ def rank_env(spec: LaunchSpec) -> tuple[Mapping[str, object], ...]:
     return (field_env(spec.group.rank, f"metadata.labels['{spec.group.rank_label}']"),)
 
 
-def parallelism_problems(spec: LaunchSpec) -> tuple[Problem, ...]:
-    """World size must be a multiple of the pods: vLLM asserts it, in a crash loop."""
-    if spec.size < 2 or option_value(spec.args, "data-parallel-size", ALIASES) is not None:
+def parallelism_problems(
+    spec: LaunchSpec,
+    aliases: Mapping[str, str] = ALIASES,
+    names: tuple[str, str, str] = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size"),
+) -> tuple[Problem, ...]:
+    """World size must be a multiple of the pods: engines assert it, in a crash loop.
+
+    ``names`` are the engine's canonical option names for tensor, pipeline and data parallelism.
+    """
+    if spec.size < 2 or option_value(spec.args, names[2], aliases) is not None:
         return ()
-    tensor = positive_int(option_value(spec.args, "tensor-parallel-size", ALIASES)) or max(1, spec.tensor_parallel)
-    pipe = positive_int(option_value(spec.args, "pipeline-parallel-size", ALIASES)) or max(1, spec.pipeline_parallel)
+    tensor = positive_int(option_value(spec.args, names[0], aliases)) or max(1, spec.tensor_parallel)
+    pipe = positive_int(option_value(spec.args, names[1], aliases)) or max(1, spec.pipeline_parallel)
     if (tensor * pipe) % spec.size == 0:
         return ()
     return (
         Problem(
             "ParallelismDoesNotFillGroup",
-            "spec.tensorParallelSize",
+            "spec.tensorParallelSize" if spec.stage is Stage.WHOLE else spec.args_field,
             f"tensor parallel {tensor} x pipeline parallel {pipe} cannot be shared out over {spec.size} pods; "
-            f"make the product a multiple of spec.size",
+            "make the product a multiple of the size",
         ),
     )
 
@@ -134,9 +141,17 @@ def launch(spec: LaunchSpec) -> Launch:
     args = without_option(spec.args, "model", ALIASES)
     problems = option_problems("vllm", spec.version, args, spec.args_field) if not spec.allow_unknown else ()
     env = (*rank_env(spec), *transfer_env(spec))
+    port = positive_int(option_value(args, "port", ALIASES)) or SERVING_PORT
     if old and spec.headless:
         command: tuple[str, ...] = ("/bin/bash", _RAY_SCRIPT, "worker", f"--ray_address=$({spec.group.leader_address})")
-        return Launch(command, env=env, grace_s=stop.grace_s, metrics=METRICS, problems=problems)
+        return Launch(
+            command,
+            env=env,
+            lifecycle=stop.follow(spec.group.leader_address, port),
+            grace_s=stop.grace_s,
+            metrics=METRICS,
+            problems=problems,
+        )
     options: list[Option] = []
     if not spec.headless:
         options.append(("--port", str(SERVING_PORT)))
@@ -156,8 +171,14 @@ def launch(spec: LaunchSpec) -> Launch:
     else:
         problems += parallelism_problems(spec)
     if spec.headless:
-        return Launch(command, env=env, grace_s=stop.grace_s, metrics=METRICS, problems=problems)
-    port = positive_int(option_value(args, "port", ALIASES)) or SERVING_PORT
+        return Launch(
+            command,
+            env=env,
+            lifecycle=stop.follow(spec.group.leader_address, port),
+            grace_s=stop.grace_s,
+            metrics=METRICS,
+            problems=problems,
+        )
     return Launch(
         command,
         env=env,

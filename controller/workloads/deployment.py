@@ -22,7 +22,6 @@ from controller.workloads.model import (
     int_of,
     metadata,
     renamed,
-    surge,
     up_to_date,
 )
 
@@ -36,7 +35,7 @@ def container_name(serving: Serving) -> str:
 def deployment(serving: Serving, role: RoleGroup, name: str) -> Object:
     """A Deployment whose selector names the role, so that no two of one application overlap."""
     labels = role.leader["metadata"]["labels"]
-    rolling = surge(role.replicas)
+    rolling = role.surge
     return {
         "apiVersion": DEPLOYMENT.api_version,
         "kind": DEPLOYMENT.kind,

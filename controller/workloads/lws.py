@@ -28,7 +28,6 @@ from controller.workloads.model import (
     int_of,
     metadata,
     renamed,
-    surge,
     up_to_date,
 )
 
@@ -39,7 +38,7 @@ ROUTER_ROLE = "scheduler"
 def leader_worker_set(serving: Serving, role: RoleGroup, name: str) -> Object:
     """Container names are Arks': a set that Arks made is updated in place, not grown by a second container."""
     leader, worker = ("main", "main") if serving.disaggregated else ("leader", "worker")
-    rolling = surge(role.replicas)
+    rolling = role.surge
     annotations = {VOLCANO_QUEUE: serving.gang.queue} if serving.gang and serving.gang.queue else None
     return {
         "apiVersion": LWS.api_version,
@@ -53,7 +52,7 @@ def leader_worker_set(serving: Serving, role: RoleGroup, name: str) -> Object:
                 "rollingUpdateConfiguration": {
                     "maxUnavailable": rolling.max_unavailable,
                     "maxSurge": rolling.max_surge,
-                    "partition": 0,
+                    "partition": rolling.partition,
                 },
             },
             "leaderWorkerTemplate": {

@@ -50,6 +50,34 @@ class Gang(NamedTuple):
     queue: str = ""
 
 
+class Surge(NamedTuple):
+    """How many replicas may be missing, or too many, during a change: numbers or percentages of the replicas."""
+
+    max_unavailable: int | str
+    max_surge: int | str
+    partition: int = 0
+
+    def counted(self, replicas: int) -> tuple[int, int]:
+        """(unavailable, surge) as numbers, rounded as Kubernetes rounds; never both zero."""
+        unavailable = _share(self.max_unavailable, replicas, up=False)
+        extra = _share(self.max_surge, replicas, up=True)
+        return (unavailable or 1, 0) if unavailable == extra == 0 else (unavailable, extra)
+
+
+def _share(value: int | str, replicas: int, *, up: bool) -> int:
+    if isinstance(value, int):
+        return value
+    percent = int(value.removesuffix("%")) * replicas
+    return -(-percent // 100) if up else percent // 100
+
+
+def default_surge(replicas: int) -> Surge:
+    """A single replica is replaced by starting its successor first, several go one by one: a rollout never
+    takes the last one down. Where no second GPU is free, the successor waits and the old one serves on.
+    """
+    return Surge(0, 1) if replicas == 1 else Surge(1, 0)
+
+
 @dataclass(frozen=True, slots=True)
 class RoleGroup:
     """One role: ``replicas`` groups of ``size`` pods. ``leader`` and ``worker`` are pod templates whose single
@@ -61,6 +89,11 @@ class RoleGroup:
     size: int
     leader: Object
     worker: Object | None = None
+    rolling: Surge | None = None
+
+    @property
+    def surge(self) -> Surge:
+        return self.rolling or default_surge(self.replicas)
 
 
 CONTAINER = "engine"
@@ -170,6 +203,23 @@ def is_ready(pod: Object) -> bool:
     return any(item["type"] == "Ready" and item["status"] == "True" for item in conditions)
 
 
+def pods_serving(pods: Iterable[Object]) -> Mapping[str, Counts]:
+    """Counts by role from leader pods alone, for an application whose newest spec cannot be built.
+
+    Roles are named as workloads name them; nothing is ``updated``.
+    """
+    counts: dict[str, Counts] = {}
+    for pod in pods:
+        labels = pod["metadata"].get("labels") or {}
+        stage = labels.get(STAGE_LABEL, "")
+        leads = labels.get(ROLE_LABEL) == "leader" and labels.get(WORKER_INDEX_LABEL, "0") == "0"
+        if pod["metadata"].get("deletionTimestamp") or not (leads or stage == "router"):
+            continue
+        role = {"": "inference", "router": "scheduler"}.get(stage, stage)
+        counts[role] = counts.get(role, Counts()).plus(Counts(1, int(is_ready(pod)), 0))
+    return counts
+
+
 def int_of(tree: Mapping[str, Any] | None, key: str) -> int:
     return int((tree or {}).get(key) or 0)
 
@@ -178,15 +228,3 @@ def up_to_date(item: Object) -> bool:
     """Has the API's controller seen the newest spec? If not, its counts are about an older one."""
     generation = int_of(item["metadata"], "generation")
     return int_of(item.get("status"), "observedGeneration") >= generation
-
-
-class Surge(NamedTuple):
-    max_unavailable: int
-    max_surge: int
-
-
-def surge(replicas: int) -> Surge:
-    """A single replica is replaced by starting its successor first, several go one by one: a rollout never
-    takes the last one down. Where no second GPU is free, the successor waits and the old one serves on.
-    """
-    return Surge(0, 1) if replicas == 1 else Surge(1, 0)

@@ -43,7 +43,6 @@ from controller.workloads.model import (
     is_ready,
     metadata,
     renamed,
-    surge,
     template_hash,
 )
 from controller.workloads.rollout import Group, step
@@ -76,7 +75,7 @@ def _rollout(rolling: Surge) -> Object:
         "rollingUpdate": {
             "maxUnavailable": rolling.max_unavailable,
             "maxSurge": rolling.max_surge,
-            "partition": 0,
+            "partition": rolling.partition,
         },
     }
 
@@ -145,7 +144,7 @@ class RbgWorkload:
             # A pod of the old template still runs for a moment after its group was changed: it is leaving.
             stale = pod is not None and updated and self._pod_hash(pod) != self._hash(serving, role)
             groups[index] = Group(updated, pod is not None and not stale)
-        decided = step(role.replicas, groups)
+        decided = step(role.replicas, groups, role.surge)
         return Plan(
             tuple(self.group(serving, index) for index in sorted(decided.apply)),
             tuple(self._deletion(serving, existing[index]) for index in sorted(decided.delete)),
@@ -157,7 +156,7 @@ class RbgWorkload:
         replicas = role.replicas if serving.disaggregated else 1
         container = "main" if serving.disaggregated else "instance"
         # A group of an application is replaced as a whole, after another one serves in its place.
-        rolling = surge(replicas) if serving.disaggregated else Surge(1, 0)
+        rolling = role.surge if serving.disaggregated else Surge(1, 0)
         mark = self._hash(serving, role)
         leader = _marked(with_scheduler(renamed(role.leader, container), serving.gang), mark)
         if role.name == ROUTER_ROLE:
@@ -190,7 +189,7 @@ class RbgWorkload:
         }
 
     def _standalone(self, role: RoleGroup, replicas: int, template: Object) -> Object:
-        common: Object = {"name": role.name, "replicas": replicas, "rolloutStrategy": _rollout(surge(replicas))}
+        common: Object = {"name": role.name, "replicas": replicas, "rolloutStrategy": _rollout(role.surge)}
         if self._api == RBG_V1ALPHA2:
             common["annotations"] = {WORKLOAD_TYPE: f"{DEPLOYMENT.api_version}/{DEPLOYMENT.kind}"}
             return {**common, "standalonePattern": {"template": template}}

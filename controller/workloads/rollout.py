@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from controller.workloads.model import Surge
+
 
 class Group(NamedTuple):
     """An existing group: is it of the wanted template, and does it serve?"""
@@ -24,40 +26,31 @@ class Step(NamedTuple):
     rolling: bool
 
 
-def step(replicas: int, groups: Mapping[int, Group]) -> Step:
+def step(replicas: int, groups: Mapping[int, Group], surge: Surge) -> Step:
     """Indices to create or bring up to date now, and indices to delete now.
 
-    Invariant: with at least one group wanted, no step deletes or changes the last ready group. Groups that do
-    not serve are changed at once, for nothing is lost. One replica surges to index ``replicas`` first.
+    Groups that do not serve are changed at once, for nothing is lost. A group that serves is changed only while
+    enough others do, spares included; a spare, or a group beyond ``replicas``, goes only when it is not needed.
+    With the default surges no step ever changes or deletes the last group that serves.
     """
+    unavailable, spare_count = surge.counted(replicas)
     wanted = range(replicas)
-    apply = {index for index in wanted if index not in groups}
-    apply |= {index for index in wanted if index in groups and groups[index].updated}
-    outdated = [index for index in wanted if index in groups and not groups[index].updated]
-    idle = [index for index in outdated if not groups[index].ready]
-    busy = sorted((index for index in outdated if groups[index].ready), reverse=True)
-    ready = sum(1 for index in wanted if index in groups and groups[index].ready)
-    apply |= set(idle)
-    extra = {index for index in groups if index >= replicas}
-    delete = set(extra)
-    if replicas == 1:
-        spare = groups.get(1)
-        if busy:
-            # The successor is created beside the old group and must serve before the old one may go.
-            apply.add(1)
-            delete.discard(1)
-            if spare is not None and spare.ready and spare.updated:
-                apply.add(0)
-        elif spare is not None and ready == 0:
-            # The only group that serves, or is about to: keep it until index 0 is back.
-            delete.discard(1)
-            if not spare.ready:
-                delete.add(1)
-    else:
-        # Exactly one may be missing at a time, and it may be missing only if all others serve.
-        allowed = ready - (replicas - 1)
-        apply |= set(busy[: max(0, allowed)])
-        if ready == 0 and replicas > 0:
-            # Scaling down from groups that serve to groups that do not yet: let the old ones serve on.
-            delete -= {index for index in extra if groups[index].ready}
-    return Step(frozenset(apply), frozenset(delete), bool(outdated) or bool(extra))
+    old = [i for i in wanted if i in groups and not groups[i].updated and i >= surge.partition]
+    idle = {i for i in old if not groups[i].ready}
+    busy = sorted((i for i in old if groups[i].ready), reverse=True)
+    apply = {i for i in wanted if i not in groups or groups[i].updated} | idle
+    spares = set(range(replicas, replicas + spare_count)) if busy else set()
+    apply |= spares
+    extra = {i for i in groups if i >= replicas}
+    serving = sum(group.ready for i, group in groups.items() if i < replicas)
+    helping = sum(groups[i].ready and groups[i].updated for i in spares & extra)
+    apply |= set(busy[: max(0, serving + helping - (replicas - unavailable))])
+    delete = {i for i in extra - spares if not groups[i].ready}
+    needed = max(1, replicas - unavailable) if replicas else 0
+    left = sum(group.ready for group in groups.values())
+    for index in sorted(extra - spares - delete, reverse=True):
+        if left <= needed:
+            break
+        delete.add(index)
+        left -= 1
+    return Step(frozenset(apply), frozenset(delete), bool(old) or bool(extra))

@@ -1,0 +1,1 @@
+"""What should exist for each resource, as pure functions from resources and observations to Kubernetes objects."""

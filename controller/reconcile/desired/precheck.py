@@ -1,0 +1,62 @@
+"""What the schema admits and a pod would choke on: found before anything is made."""
+
+from __future__ import annotations
+
+import re
+
+from apis.resources import ArksModel
+from apis.resources.instance import RESERVED_MOUNT_PATH, RESERVED_VOLUME, ArksInstanceSpec
+from controller.engines.model import Problem
+
+_LABEL_1035 = re.compile(r"^[a-z]([-a-z0-9]*[a-z0-9])?$")
+_NAME_LIMIT = 40
+
+
+def instance_problems(instance: ArksInstanceSpec | None, path: str) -> tuple[Problem, ...]:
+    """Reserved names, in any spelling of the same path; volume and mount names must be unique."""
+    if instance is None:
+        return ()
+    problems: list[Problem] = []
+    volumes = [volume.name for volume in instance.volumes or ()]
+    if RESERVED_VOLUME in volumes:
+        text = f"the volume name {RESERVED_VOLUME!r} is reserved for the model's weights"
+        problems.append(Problem("ReservedVolumeName", f"{path}.volumes", text))
+    mounts = [_normal(mount.mount_path) for mount in instance.volume_mounts or ()]
+    if RESERVED_MOUNT_PATH in mounts:
+        text = f"the mount path {RESERVED_MOUNT_PATH} is reserved for the model's weights"
+        problems.append(Problem("ReservedVolumeMountPath", f"{path}.volumeMounts", text))
+    for field, names in (("volumes", volumes), ("volumeMounts", mounts)):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            text = f"{', '.join(twice)} is given more than once"
+            problems.append(Problem("InvalidVolumeDefinitions", f"{path}.{field}", text))
+    return tuple(problems)
+
+
+def _normal(path: str) -> str:
+    return "/" + "/".join(part for part in path.split("/") if part not in ("", "."))
+
+
+def name_problems(name: str) -> tuple[Problem, ...]:
+    """Group names become DNS labels of pods and Services, with up to 23 characters behind the application's."""
+    if not _LABEL_1035.match(name):
+        text = "the name must start with a letter and hold only a-z, 0-9 and -: it becomes part of DNS names"
+        return (Problem("InvalidName", "metadata.name", text),)
+    if len(name) > _NAME_LIMIT:
+        text = f"the name has {len(name)} characters; pods of a group are named after it, so at most {_NAME_LIMIT} fit"
+        return (Problem("InvalidName", "metadata.name", text),)
+    return ()
+
+
+def model_problems(model: ArksModel | None, name: str) -> tuple[Problem, ...]:
+    """The weights must be there before a pod mounts them, also when a running application changes its model."""
+    if model is None:
+        return (Problem("ModelNotExist", "spec.model.name", f"there is no ArksModel {name!r} in this namespace"),)
+    if model.status.phase == "Failed":
+        why = next((c.message for c in model.status.conditions if c.type == "ModelLoaded" and c.message), "")
+        return (
+            Problem("ModelLoadFailed", "spec.model.name", f"ArksModel {name!r} failed to load: {why}".rstrip(": ")),
+        )
+    if model.status.phase != "Ready":
+        return (Problem("ModelLoading", "spec.model.name", f"ArksModel {name!r} is not ready yet"),)
+    return ()
