@@ -110,7 +110,7 @@ class SseTap(Findings):
             if text_bytes:
                 self.events += 1
                 self.text_bytes += text_bytes
-            elif self._event(raw) and start <= position and stop - position <= HOLD_MAX:
+            elif self._event(raw) and stop - position <= HOLD_MAX:
                 out.append(buffer[start:position])
                 start = stop
                 self._drop_lf = stop == length and buffer[-1] == _CR

@@ -37,7 +37,7 @@ def main() -> None:
     for hide in (False, True):
         feed = sse("chat", hide).feed
         feed(CHAT % b"hi", False)
-        measure(f"chat chunk of {len(chunk)} B, hide_usage={hide}", lambda: feed(chunk, False), 200_000)
+        measure(f"chat chunk of {len(chunk)} B, hide_usage={hide}", lambda feed=feed: feed(chunk, False), 200_000)
     escaped = CHAT % b'a \\"q\\"\\n'
     measure("chat chunk with escapes", lambda: feed(escaped, False), 100_000)
     halves = chunk[:90], chunk[90:]

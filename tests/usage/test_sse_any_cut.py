@@ -67,12 +67,13 @@ def test_the_cut_changes_nothing(made, noise, end_of_line, places, hide, last_bl
 
 
 @settings(max_examples=400, deadline=None)
-@given(TRANSCRIPTS, ENDS_OF_LINE, CUTS, st.booleans(), st.booleans())
-def test_frames_find_what_decoding_every_event_finds(made, end_of_line, places, hide, event_wise):
+@given(TRANSCRIPTS, ENDS_OF_LINE, CUTS, st.booleans(), st.integers(0, 3))
+def test_frames_find_what_decoding_every_event_finds(made, end_of_line, places, hide, together):
     body = made.encode(end_of_line)
     pieces = cut(body, places)
-    if event_wise:
-        pieces = [made.encode(end_of_line)] if not made.blocks else _events(made, end_of_line)
+    if together:
+        events = _events(made, end_of_line)
+        pieces = [b"".join(events[at : at + together]) for at in range(0, len(events), together)]
     fast, exact = SseTap(made.api, hide_usage=hide), FramelessTap(made.api, hide_usage=hide)
     for piece in pieces:
         assert fast.feed(piece, False) == exact.feed(piece, False)

@@ -192,3 +192,42 @@ def test_an_error_event_by_name_needs_no_json():
     tap.feed(b"event: error\ndata: boom\n\ndata: [DONE]\n\n", False)
     assert tap.error == "engine_error"
     assert tap.done
+
+
+def framed():
+    """A tap that knows the frame of CONTENT."""
+    tap = SseTap("chat", hide_usage=True)
+    tap.feed(CONTENT, False)
+    assert tap.events == 1
+    return tap
+
+
+def test_a_chunk_that_begins_and_ends_as_usual_may_hold_more_between():
+    tap = framed()
+    assert tap.feed(CONTENT * 3, False) is None
+    assert tap.events == 4
+    assert tap.feed(CONTENT + USAGE + CONTENT, False) == CONTENT * 2
+    assert tap.usage == Usage(3, 2)
+
+
+def test_a_usual_chunk_behind_an_open_event_belongs_to_that_event():
+    tap = framed()
+    assert tap.feed(b"event: error\n", False) == b""
+    assert tap.feed(CONTENT, False) == b"event: error\n" + CONTENT
+    assert tap.error == "engine_error"
+    assert tap.feed(USAGE, False) == b""
+
+
+@pytest.mark.parametrize("spelling", ["response.output_text.delta", "response.output_\\u0074ext.delta"])
+def test_a_text_that_reads_like_another_field_is_not_taken_for_it(spelling):
+    tap = SseTap("responses", hide_usage=False)
+    event = 'data: {"type":"%s","delta":"' + spelling + '"}\n\n'
+    tap.feed((event % "response.output_text.delta").encode(), False)
+    assert tap.started
+    tap.feed((event % "response.failed").encode(), False)
+    assert tap.error == "engine_error"
+
+
+def test_the_role_chunk_of_a_second_choice_is_no_token():
+    second = {"choices": [{"index": 1, "delta": {"role": "assistant", "content": ""}}]}
+    assert read("chat", delta(content="a"), second).delivered_tokens() == 1
