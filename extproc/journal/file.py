@@ -43,9 +43,7 @@ def lock(state_dir: Path) -> TextIO:
         held.seek(0)
         owner = held.read(20).strip() or "unknown"
         held.close()
-        raise StateInUse(
-            f"{state_dir} is in use by process {owner}: one gateway per directory"
-        ) from error
+        raise StateInUse(f"{state_dir} is in use by process {owner}: one gateway per directory") from error
     # The owner's pid only serves the message above: a full disk is no reason not to hold the lock.
     with contextlib.suppress(OSError):
         held.truncate(0)

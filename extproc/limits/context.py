@@ -18,7 +18,9 @@ def encode_context(record: UsageRecord) -> bytes:
 
 def decode_context(context: bytes) -> UsageRecord:
     """Raises msgspec.MsgspecError."""
-    return msgspec.convert(dict(zip(UsageRecord.__struct_fields__, _DECODER.decode(context), strict=False)), UsageRecord)
+    return msgspec.convert(
+        dict(zip(UsageRecord.__struct_fields__, _DECODER.decode(context), strict=False)), UsageRecord
+    )
 
 
 def expired_record(context: bytes, amounts: Amounts, now_s: float) -> UsageRecord:

@@ -21,7 +21,7 @@ CONCURRENT = UNITS["concurrent"]
 class Counter:
     """One window's sums. `taken` is what was charged plus what open leases hold; `used` is what was charged."""
 
-    __slots__ = ("end_s", "key", "saved", "start_s", "taken", "used", "window_s")
+    __slots__ = ("concurrent", "end_s", "key", "saved", "start_s", "taken", "used", "window_s")
 
     def __init__(self, key: str, window_s: int, now_s: float) -> None:
         self.key = key
@@ -30,6 +30,8 @@ class Counter:
         self.end_s: float = self.start_s + window_s if window_s else NEVER
         self.taken = 0
         self.used = 0
+        self.concurrent = False
+        """counts open leases alone, so that at 0 nobody can come back to it"""
         self.saved: tuple[int, int] | None = None
         """(start_s, used) as the journal last took it; the journal's own"""
 
@@ -58,7 +60,7 @@ class Plan:
     where rules share it; `holds` in the order in which the store takes: requests, tokens, concurrent.
     """
 
-    __slots__ = ("_ruleset", "changed", "checks", "concurrent", "holds", "requests", "rules", "tokens")
+    __slots__ = ("_ruleset", "changed", "charged", "checks", "concurrent", "holds", "requests", "rules", "tokens")
 
     def __init__(self, rules: tuple[Rule, ...], checks: list[Check]) -> None:
         self.rules = rules
@@ -74,6 +76,7 @@ class Plan:
         self.concurrent = tuple(check for check in lowest.values() if check[2] == CONCURRENT)
         taking = (*self.requests, *self.tokens, *self.concurrent)
         self.holds = tuple((counter, unit) for counter, _, unit in taking)
+        self.charged = tuple(counter for counter, unit in self.holds if unit != CONCURRENT)
         self.changed = False
         """some counter was charged, and the journal has not looked since"""
         self._ruleset: tuple[int, bytes] | None = None

@@ -271,7 +271,10 @@ class MemoryStore:
                 self._log.error("lease_context_unreadable", lease=lease.id)
 
     def _clean(self, now: float) -> None:
-        """Drop counters that say nothing: windows that ended, and sums of nothing. They come back when asked for."""
+        """Drop counters that say nothing: windows that ended, slots that are all free. They come back when asked for.
+
+        A quota stays, also at 0: a lease that reserved nothing of it may still be settled with more.
+        """
         if not self._cleaning:
             if now < self._clean_at_s:
                 return
@@ -279,8 +282,7 @@ class MemoryStore:
             self._cleaning = list(self._counters.values())
         dropped = False
         for counter in self._cleaning[-DROP_AT_ONCE:]:
-            nothing = not counter.taken and not counter.used and counter.saved is None
-            idle = now >= counter.end_s or (nothing and not counter.window_s)
+            idle = now >= counter.end_s or (counter.concurrent and not counter.taken)
             if idle and self._counters.get(counter.key) is counter:
                 del self._counters[counter.key]
                 dropped = True
@@ -297,16 +299,16 @@ class MemoryStore:
     def used(self, key: str) -> int:
         """Charged in the current window; 0 for a counter that nobody used."""
         counter = self._counters.get(key)
-        return 0 if counter is None or self._clock() >= counter.end_s else counter.used
+        return 0 if counter is None or max(self._clock(), self._now_s) >= counter.end_s else counter.used
 
     def reserved(self, key: str) -> int:
         """Held by open leases in the current window."""
         counter = self._counters.get(key)
-        return 0 if counter is None or self._clock() >= counter.end_s else counter.taken - counter.used
+        return 0 if counter is None or max(self._clock(), self._now_s) >= counter.end_s else counter.taken - counter.used
 
     def counters(self) -> Iterator[CounterView]:
         """A snapshot: every counter whose window has not ended."""
-        now = self._clock()
+        now = max(self._clock(), self._now_s)
         for counter in list(self._counters.values()):
             if now < counter.end_s:
                 reserved = counter.taken - counter.used
@@ -316,7 +318,9 @@ class MemoryStore:
         """Set what was charged, as 0 to reset a quota; open leases keep what they hold. `window_s` of a new counter."""
         if not 0 <= used <= MAX_AMOUNT:
             raise ValueError(f"used out of range: {used}")
-        counter = self._counter(key, window_s if key not in self._counters else self._counters[key].window_s)
+        self.tick()
+        known = self._counters.get(key)
+        counter = known or self._counter(key, window_s)
         if self._now_s >= counter.end_s:
             counter.roll(self._now_s)
         counter.taken += used - counter.used
@@ -359,7 +363,9 @@ class MemoryStore:
         checks = []
         for rule in rules:
             window_s = 0 if rule.unit == "concurrent" else rule.window_s
-            checks.append((self._counter(rule.key, window_s), rule.limit, UNITS[rule.unit]))
+            counter = self._counter(rule.key, window_s)
+            counter.concurrent = rule.unit == "concurrent"
+            checks.append((counter, rule.limit, UNITS[rule.unit]))
         if len(self._plans) >= MAX_PLANS:
             self._plans.clear()
         plan = self._plans[id(rules)] = Plan(rules, checks)

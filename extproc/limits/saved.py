@@ -81,6 +81,7 @@ class SavedLimits:
             taken = (requests, prompt, response, prompt + response, 1)
             for counter, unit in plan.holds:
                 counter.taken += taken[unit]
+                counter.concurrent = unit == CONCURRENT
             leases.append(Lease(lease_id, amounts, None, None, (plan, at_s, None, expires_s, context)))
         self._written.update(lease.id for lease in leases)
         return leases
@@ -98,16 +99,17 @@ class SavedLimits:
     def collect(self) -> None:
         plans = self.changed[:]
         del self.changed[: len(plans)]
+        charged: set[Counter] = set()
         for plan in plans:
             # Before the counters are read: a charge that comes later marks the plan again.
             plan.changed = False
-            for counter, unit in plan.holds:
-                if unit != CONCURRENT:
-                    start_used = counter.read()
-                    if start_used != counter.saved and self._counters.get(counter.key) is counter:
-                        counter.saved = start_used
-                        start_s, used = start_used
-                        self._sums[counter.key] = (counter.key, counter.window_s, start_s, min(used, _LARGEST))
+            charged.update(plan.charged)
+        for counter in charged:
+            start_used = start_s, used = counter.read()
+            key = counter.key
+            if start_used != counter.saved and self._counters.get(key) is counter:
+                counter.saved = start_used
+                self._sums[key] = (key, counter.window_s, start_s, min(_LARGEST, used))
         with self._taking:
             closed = self.closed[:]
             del self.closed[: len(closed)]
