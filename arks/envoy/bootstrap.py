@@ -306,6 +306,18 @@ def _overload(settings: GatewaySettings) -> Tree:
     }
 
 
+ENVOYS_OWN_ERRORS = (
+    (400, "invalid_request_error", "bad_request", "The request is not valid HTTP."),
+    (408, "invalid_request_error", "request_timeout", "The request was not received in time."),
+    (413, "invalid_request_error", "body_too_large", "The request body is larger than the gateway accepts."),
+    (431, "invalid_request_error", "headers_too_large", "The request headers are larger than the gateway accepts."),
+    (502, "server_error", "engine_broken", "The engine's answer was no valid HTTP."),
+    (503, "server_error", "gateway_unavailable", "The gateway cannot answer now. Try again."),
+    (504, "server_error", "engine_timeout", "The engine did not answer in time."),
+)
+"""status, type, code and message of what Envoy answers without extproc's word (docs/errors.md)"""
+
+
 def _local_replies() -> Tree:
     """Envoy's own answers in OpenAI's error shape. extproc's answers are JSON already and stay as they are."""
 
@@ -316,33 +328,43 @@ def _local_replies() -> Tree:
             "envoy.extensions.access_loggers.filters.cel.v3.ExpressionFilter",
             expression="!('content-type' in response.headers)",
         )
-        matches_status = {
-            "status_code_filter": {
-                "comparison": {"op": "EQ", "value": {"default_value": status, "runtime_key": "arks.none"}}
-            }
-        }
+        comparison = {"op": "EQ", "value": {"default_value": status, "runtime_key": "arks.none"}}
+        matches_status = {"status_code_filter": {"comparison": comparison}}
         return {
             "filter": {"and_filter": {"filters": [matches_status, {"extension_filter": envoys_own}]}},
-            "body_format_override": {"json_format": {"error": error}, "content_type": "application/json"},
+            "body_format_override": {
+                "json_format": {"type": "error", "error": error},
+                "content_type": "application/json",
+            },
         }
 
-    return {
-        "mappers": [
-            mapper(400, "invalid_request_error", "bad_request", "The request is not valid HTTP."),
-            mapper(408, "invalid_request_error", "request_timeout", "The request was not received in time."),
-            mapper(413, "invalid_request_error", "request_too_large", "The request body is too large."),
-            mapper(431, "invalid_request_error", "headers_too_large", "The request headers are too large."),
-            mapper(502, "server_error", "bad_gateway", "The engine's answer was broken."),
-            mapper(503, "server_error", "unavailable", "The service cannot answer now. Try again."),
-            mapper(504, "server_error", "timeout", "The engine did not answer in time."),
-        ]
-    }
+    return {"mappers": [mapper(*error) for error in ENVOYS_OWN_ERRORS]}
 
 
 def _access_log(settings: GatewaySettings) -> list[Tree]:
+    return [_broken_off_log(), *_file_log(settings)]
+
+
+def _broken_off_log() -> Tree:
+    """To extproc, of requests with a response flag: ext_proc cannot tell a client that left from a dead engine."""
+    return _typed(
+        "envoy.access_loggers.http_grpc",
+        "envoy.extensions.access_loggers.grpc.v3.HttpGrpcAccessLogConfig",
+        common_config={
+            "log_name": "arks",
+            "transport_api_version": "V3",
+            "grpc_service": {"envoy_grpc": {"cluster_name": EXTPROC_CLUSTER}},
+            "buffer_flush_interval": "0.1s",
+        },
+    ) | {"filter": {"response_flag_filter": {}}}
+
+
+def _file_log(settings: GatewaySettings) -> list[Tree]:
     if settings.access_log is None:
         return []
-    decision = {key: f"%DYNAMIC_METADATA(arks:{key})%" for key in ("token", "namespace", "model", "endpoint", "reason")}
+    decision = {
+        key: f"%DYNAMIC_METADATA(arks:{key})%" for key in ("token", "namespace", "model", "endpoint", "decision")
+    }
     entry = {
         "event": "request",
         "time": "%START_TIME(%Y-%m-%dT%H:%M:%E3SZ)%",

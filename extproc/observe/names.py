@@ -178,7 +178,7 @@ PER_TOKEN: tuple[MetricName, ...] = (
 def table() -> str:
     """All names as a Markdown table."""
     rows = ["| name | kind | labels | meaning |", "| --- | --- | --- | --- |"]
-    rows += [f"| `{m.name}` | {m.kind} | {', '.join(m.labels) or '–'} | {m.help} |" for m in ALL]  # noqa: RUF001 - a dash in prose
+    rows += [f"| `{m.name}` | {m.kind} | {', '.join(m.labels) or '–'} | {m.help} |" for m in ALL]
     return "\n".join(rows) + "\n"
 
 

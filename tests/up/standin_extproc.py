@@ -1,6 +1,7 @@
 """Takes `arks extproc`'s flags and pins every request with a token to what x-test-pin says.
 
-Faults by environment: STANDIN_FAULT=broken-policy refuses to start, =dies ends 1 s after it was ready.
+Faults by environment: STANDIN_FAULT=broken-policy refuses to start, =dies ends 1 s after it was first ready, and at
+each later start at once.
 """
 
 import argparse
@@ -9,6 +10,7 @@ import json
 import os
 import signal
 import sys
+from pathlib import Path
 
 import grpc.aio
 
@@ -82,6 +84,8 @@ async def main() -> int:
             f"{options.policy}/tokens.yaml:7: spec.qos: bad, Authorization: Bearer sk-secret-of-alice", file=sys.stderr
         )
         return 1
+    if fault == "dies" and (Path(options.state) / "died-once").exists():
+        return 3
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     server = grpc.aio.server(options=[("grpc.max_receive_message_length", 64 << 20)])
@@ -92,7 +96,9 @@ async def main() -> int:
     admin = AdminServer(GatewayMetrics(), {"policy": lambda: Check(ok=True)})
     host, _, port = options.admin.rpartition(":")
     await admin.start(host, int(port))
-    if fault == "dies":
+    died = Path(options.state) / "died-once"
+    if fault == "dies" and not died.exists():
+        died.touch()
         asyncio.get_running_loop().call_later(1.0, os._exit, 3)
     await stop.wait()
     print("standin: settled", file=sys.stderr)

