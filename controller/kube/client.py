@@ -89,6 +89,7 @@ class Client:
         if self._session is not None:
             await self._session.close()
             self._session = None
+        await self._credentials.close()
 
     def fenced(self, fence: Fence) -> Client:
         """The same client, whose writes need the lease. Close the first one only."""

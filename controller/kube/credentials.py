@@ -2,9 +2,10 @@
 
 Kubeconfig files are read by the official `kubernetes` package (merging, contexts, exec plugins, OIDC, client
 certificates, token files); it is imported only then, in a thread, since it costs 20 MB and plugins block. A pod's
-credentials are two files and two variables, read here. Life cycle: `access()` before every request answers from memory
-and reads anew once a minute (tokens rotate in place) or shortly before a plugin's credential expires; `renew()` reads
-at once, after a 401. The TLS context is kept as long as its files keep their content, so that connections are reused.
+credentials are two files and two variables, read here. Life cycle: `access()` before every request answers from
+memory, and in the background reads anew once a minute (tokens rotate in place) or shortly before a plugin's
+credential expires; `renew()` reads at once, after a 401. The TLS context is kept as long as its files keep their
+content, so that connections are reused.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import structlog
+
 from controller.kube.errors import CredentialsError
 
 REREAD_S = 60.0
@@ -28,6 +31,8 @@ EXPIRY_MARGIN_S = 60.0
 LOAD_TIMEOUT_S = 60.0
 RENEW_PAUSE_S = 1.0
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+
+_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,33 +55,41 @@ class Credentials:
 
     def __init__(self, load: Load, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._load, self._clock = load, clock
-        self._lock = asyncio.Lock()
+        self._loading: asyncio.Task[None] | None = None
         self._access: Access | None = None
         self._loaded_at = 0.0
 
     async def access(self) -> Access:
-        """The present access; raises `CredentialsError` when there never was one."""
-        known = self._access
-        if known is not None and self._clock() - self._loaded_at < known.valid_s:
-            return known
-        async with self._lock:
-            if self._access is known:
-                try:
-                    await self._reload(forced=False)
-                except CredentialsError:
-                    # A file that is being replaced must not stop us while the last token may still be good.
-                    if known is None:
-                        raise
-                    self._loaded_at = self._clock()
+        """The present access, never waiting once there was one; raises `CredentialsError` when there never was."""
+        if self._access is None:
+            await self._loaded(forced=False)
             assert self._access is not None
-            return self._access
+        elif self._clock() - self._loaded_at >= self._access.valid_s:
+            self._start(forced=False)  # the old one is good for a while yet, or the server will say so
+        return self._access
 
     async def renew(self, refused: Access) -> Access:
         """Another access than the one that the server refused, or the same when there is no other."""
-        async with self._lock:
-            if self._access is refused and self._clock() - self._loaded_at >= RENEW_PAUSE_S:
-                await self._reload(forced=True)
-            return self._access or refused
+        if self._access is refused and self._clock() - self._loaded_at >= RENEW_PAUSE_S:
+            await self._loaded(forced=True)
+        return self._access or refused
+
+    async def close(self) -> None:
+        """End a loading that still goes on."""
+        if self._loading is not None:
+            self._loading.cancel()
+            await asyncio.gather(self._loading, return_exceptions=True)
+            self._loading = None
+
+    async def _loaded(self, *, forced: bool) -> None:
+        """Wait for a loading. A caller that gives up does not take it from the others."""
+        await asyncio.shield(self._start(forced=forced))
+
+    def _start(self, *, forced: bool) -> asyncio.Task[None]:
+        if self._loading is None or self._loading.done():
+            self._loading = asyncio.create_task(self._reload(forced=forced), name="credentials")
+            self._loading.add_done_callback(_note_failure)
+        return self._loading
 
     async def _reload(self, *, forced: bool) -> None:
         try:
@@ -88,10 +101,16 @@ class Credentials:
             raise CredentialsError(f"credentials did not come within {LOAD_TIMEOUT_S:.0f} s") from error
         except Exception as error:
             raise CredentialsError(f"credentials cannot be read: {error}") from error
-        old, self._loaded_at = self._access, self._clock()
+        finally:
+            self._loaded_at = self._clock()  # also after a failure: the next try comes in its time
         # The same object stays while it says the same: `renew` tells by identity whether there is anything new.
-        if old is None or _content(old) != _content(access):
+        if self._access is None or _content(self._access) != _content(access):
             self._access = access
+
+
+def _note_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        _log.warning("credentials not renewed", error=str(task.exception()))
 
 
 def _content(access: Access) -> tuple[object, ...]:

@@ -112,7 +112,7 @@ class Lease:
         """One round, bounded so that a dead connection leaves time for another one before the lease ends."""
         left_s, round_s = self._held_until - self._clock(), self._renew_s / 3
         try:
-            async with asyncio.timeout(min(left_s, round_s) if left_s > 0 else round_s):
+            async with asyncio.timeout(min(left_s, round_s) if left_s > 0 else self._renew_s):
                 if await self._round():
                     self.stats.renewals += 1
                 else:

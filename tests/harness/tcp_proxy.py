@@ -78,7 +78,8 @@ class TcpProxy:
                 link.reset()
                 return
             self._links.add(link)
-            with contextlib.suppress(OSError):
+            # Cancelled only by our end; the loop's own callback would call that an error.
+            with contextlib.suppress(OSError, asyncio.CancelledError):
                 await link.run(reader, self._target)
         finally:
             self._links.discard(link)
