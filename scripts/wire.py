@@ -1,7 +1,7 @@
 """Generate `apis/wire/*_pb2.py` and `.pyi` from `proto/`.
 
-protoc names a module after its file's path, and `proto/arks/...` would become a package that shadows the `arks` command,
-so the modules are laid flat into `apis.wire` and their imports of each other are rewritten.
+protoc names a module after its file's path, and `proto/arks/...` would become a package that shadows the `arks`
+command, so the modules are laid flat into `apis.wire` and their imports of each other are rewritten.
 """
 
 import re

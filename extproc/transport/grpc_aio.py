@@ -1,8 +1,8 @@
 """The portable gRPC server end, on grpcio's asyncio server: any client, TLS by grpc. Same calls as `h2`, at its price.
 
 Each stream is one coroutine of grpcio's: it reads messages, writes what is due, and ends with the status that the call
-or `Stream.finish` chose. grpcio tells less than HTTP/2 does: a lost connection is RESET here, and a stream reset at a bad moment may look
-half-closed (`on_half_close`, then DONE). It enforces a client's deadline itself.
+or `Stream.finish` chose. grpcio tells less than HTTP/2 does: a lost connection is RESET here, and a stream that is cut
+at a bad moment may look half-closed (`on_half_close`, then DONE). It enforces a client's deadline itself.
 """
 
 from __future__ import annotations

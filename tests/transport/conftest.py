@@ -13,6 +13,13 @@ from extproc.transport.core import GrpcError
 ENDS = {"h2": h2.serve, "grpc_aio": grpc_aio.serve}
 
 
+async def eventually(condition):
+    """Wait for what another task brings about."""
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - the condition is the server's state; nobody sets an event
+            await asyncio.sleep(0.001)
+
+
 class Recorded:
     """A call that obeys its messages and keeps the facts."""
 

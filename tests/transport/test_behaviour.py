@@ -9,6 +9,7 @@ import pytest
 
 from extproc.transport.core import CloseReason
 from extproc.transport.health import Health
+from tests.transport.conftest import eventually
 
 SERVING, NOT_SERVING, SERVICE_UNKNOWN = b"\x08\x01", b"\x08\x02", b"\x08\x03"
 
@@ -81,8 +82,7 @@ async def test_a_call_that_stays_answers_after_half_close(end, start, connect, b
     await call.write(b"stay")
     await call.done_writing()
     assert await call.read() == b"stay"
-    while not book[0].half_closed:
-        await asyncio.sleep(0.001)
+    await eventually(lambda: book[0].half_closed)
     book[0].stream.send(b"more")
     assert await call.read() == b"more"
     book[0].stream.finish(0)
@@ -204,7 +204,10 @@ async def test_a_client_that_reads_late_gets_everything(end, start, connect):
 async def test_metadata_of_any_kind_is_accepted(end, start, connect):
     channel = connect(await start(end))
     for number in range(3):
-        metadata = [("x-text", "täxt".encode().decode("latin-1") if number < 0 else "v" * 300), ("x-bin-bin", b"\0\xff")]
+        metadata = [
+            ("x-text", "täxt".encode().decode("latin-1") if number < 0 else "v" * 300),
+            ("x-bin-bin", b"\0\xff"),
+        ]
         assert (await exchange(channel, [b"m"], metadata=metadata))[0] == [b"m"]
 
 
@@ -286,7 +289,7 @@ async def test_a_port_in_use_is_an_error(end, start):
         await start(end, server.address)
 
 
-# --- health ------------------------------------------------------------------------------------------------------------
+# --- health ---
 
 EXT_PROC = "envoy.service.ext_proc.v3.ExternalProcessor"
 

@@ -84,7 +84,10 @@ async def test_a_peer_that_does_not_agree_on_http2_is_dropped(start, certificate
     context = ssl.create_default_context(cafile=str(certificates / "ca.pem"))
 
     def hear():
-        with socket.create_connection((host, int(port)), 5) as plain, context.wrap_socket(plain, server_hostname=host) as s:
+        with (
+            socket.create_connection((host, int(port)), 5) as plain,
+            context.wrap_socket(plain, server_hostname=host) as s,
+        ):
             try:
                 return s.recv(100)
             except OSError:
