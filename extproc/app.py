@@ -19,6 +19,7 @@ import structlog
 
 from apis.eds import write_eds
 from apis.policy import Policy
+from extproc import access_log
 from extproc.admission import Admission
 from extproc.exchange import Deps, Exchange
 from extproc.http.admin import AdminServer, Check
@@ -36,7 +37,7 @@ from extproc.snapshot.errors import PolicyErrors
 from extproc.snapshot.folder import FolderSource, Notes
 from extproc.snapshot.index import LiveIndex
 from extproc.transport import grpc_aio, h2
-from extproc.transport.core import Server
+from extproc.transport.core import Server, Service
 from extproc.transport.health import Health
 
 __version__: Final = version("arks")
@@ -75,9 +76,8 @@ class Gateway:
         self._lag = LoopLag()
         admission = Admission(self._live, self._store, self._picker)
         self._deps = Deps(admission, self._store, ledger, self._picker, self._metrics)
-        self._deps.on_abandoned = self._picker.suspect
         self._source = FolderSource(settings.policy_dir, self._on_policy, self._on_policy_error)
-        self._health = Health([EXT_PROC])
+        self._health = Health([EXT_PROC, access_log.SERVICE])
         self._serving = self._draining = False
         self._pending: Policy | None = None
         self._changed = asyncio.Event()
@@ -115,11 +115,13 @@ class Gateway:
             await stopped.wait()
             log.info("draining", open_requests=self._deps.open)
             self._serving, self._draining = False, True
+            self._deps.abandoned.drain()
             await server.drain(settings.drain_timeout_s)
         finally:
             self._serving = False
             if server is not None:
                 await server.close()
+            self._deps.abandoned.close()
             for task in owned:
                 task.cancel()
             await asyncio.gather(*owned, return_exceptions=True)
@@ -133,7 +135,10 @@ class Gateway:
     async def _listen(self) -> Server:
         settings = self._settings
         deps = self._deps
-        services = {f"/{EXT_PROC}/Process": lambda _stream: Exchange(deps)}
+        services: dict[str, Service] = {
+            f"/{EXT_PROC}/Process": lambda _stream: Exchange(deps),
+            access_log.METHOD: deps.abandoned.service,
+        }
         serve = h2.serve if settings.transport == "h2" else grpc_aio.serve
         if settings.listen.startswith("unix:"):
             Path(settings.listen.removeprefix("unix:")).parent.mkdir(parents=True, exist_ok=True)

@@ -11,10 +11,10 @@ client left is read from our own state (was the answer's end seen?).
 """
 
 import time
-from collections.abc import Callable
 from typing import Final
 
 from extproc import messages
+from extproc.access_log import CLIENT_DISCONNECTED, ENGINE_LOST, STREAM_TIMEOUT, Abandoned
 from extproc.admission import Admission, Admitted
 from extproc.endpoints import ModelList, route
 from extproc.errors import Refused, refused
@@ -44,12 +44,19 @@ _RESPONSE_CODE: Final = Attribute("response.code")
 
 INVALID_ARGUMENT: Final = 3
 CLIENT_CLOSED_REQUEST: Final = 499
+_ENGINE_FAULTS: Final = frozenset({"engine_error", "engine_overloaded", "engine_bad_encoding"})
+_ENDINGS: Final = {
+    CLIENT_DISCONNECTED: (CLIENT_CLOSED_REQUEST, Outcome.ABANDONED),
+    ENGINE_LOST: (502, Outcome.UNREACHABLE),
+    STREAM_TIMEOUT: (504, Outcome.FAILED),
+}
+"""status and engine's record of a request that broke off, by reason"""
 
 
 class Deps:
     """What all exchanges share."""
 
-    __slots__ = ("admission", "ledger", "metrics", "on_abandoned", "open", "picker", "ratios", "replies", "store")
+    __slots__ = ("abandoned", "admission", "ledger", "metrics", "open", "picker", "ratios", "replies", "store")
 
     def __init__(
         self, admission: Admission, store: LimitStore, ledger: Ledger, picker: Picker, metrics: GatewayMetrics
@@ -64,8 +71,7 @@ class Deps:
         self.ratios: dict[tuple[str, str], float] = {}
         """per endpoint: real prompt tokens per token of upper bound, learned from exact answers"""
         self.replies = Replies()
-        self.on_abandoned: Callable[[str], None] = lambda _address: None
-        """told the engine of a stream that ended before its end: it may have died"""
+        self.abandoned = Abandoned()
 
 
 class Exchange:
@@ -288,26 +294,40 @@ class Exchange:
         elif tap is None:
             self._finish(Usage(0, 0), "exact", "" if status < 400 else "engine_refused")
         else:
-            outcome = Outcome.FAILED if tap.error else Outcome.OK
+            outcome = Outcome.FAILED if tap.error in _ENGINE_FAULTS else Outcome.OK
             if tap.usage is not None and tap.final:
                 self._learn(admitted, tap.usage)
                 self._finish(tap.usage, "exact", tap.error, outcome)
+            elif tap.error and not tap.delivered_tokens():
+                self._finish(Usage(0, 0), "exact", tap.error, outcome, charge=False)
             else:
                 self._finish(self._estimate(admitted), "estimated", tap.error, outcome)
 
     def _settle_abandoned(self) -> None:
-        """The stream is gone and the answer's end was not seen: the client left, or the engine was lost on the way."""
+        """The stream is gone and the answer's end was not seen: the client left, or the engine was lost on the way.
+
+        Charged at once; the row waits for the reason.
+        """
         admitted, tap = self._admitted, self._tap
         assert admitted is not None
         if self._status >= 300:
             self._settle_complete()
             return
-        self._status = CLIENT_CLOSED_REQUEST
+        accuracy: Accuracy = "exact"
         if tap is not None and tap.usage is not None and tap.final:
-            self._finish(tap.usage, "exact", tap.error or "client_disconnected", Outcome.ABANDONED)
+            usage = tap.usage
         else:
-            self._deps.on_abandoned(self._engine)
-            self._finish(self._estimate(admitted), "estimated", "client_disconnected", Outcome.ABANDONED)
+            usage, accuracy = self._estimate(admitted), "estimated"
+        self._settled = True
+        deps = self._deps
+        deps.store.settle(admitted.lease, Amounts(1, usage.prompt, usage.completion))
+        deps.picker.suspect(self._engine)
+
+        def told(reason: str) -> None:
+            self._status, outcome = _ENDINGS[reason]
+            self._close(usage, accuracy, (tap.error if tap is not None else "") or reason, outcome)
+
+        deps.abandoned.wait(self._request_id, told)
 
     def _estimate(self, admitted: Admitted) -> Usage:
         """The prompt by the endpoint's learned ratio to its upper bound, the answer by what was delivered."""
@@ -335,12 +355,18 @@ class Exchange:
         self, usage: Usage, accuracy: Accuracy, error: str, outcome: Outcome = Outcome.OK, *, charge: bool = True
     ) -> None:
         self._settled = True
-        admitted, deps = self._admitted, self._deps
+        admitted, store = self._admitted, self._deps.store
         assert admitted is not None
         if charge:
-            deps.store.settle(admitted.lease, Amounts(1, usage.prompt, usage.completion))
+            store.settle(admitted.lease, Amounts(1, usage.prompt, usage.completion))
         else:
-            deps.store.release(admitted.lease)
+            store.release(admitted.lease)
+        self._close(usage, accuracy, error, outcome)
+
+    def _close(self, usage: Usage, accuracy: Accuracy, error: str, outcome: Outcome) -> None:
+        """What is settled goes into the books."""
+        admitted, deps = self._admitted, self._deps
+        assert admitted is not None
         deps.open -= 1
         deps.picker.end(self._engine, outcome)
         duration_s = self._write(self._engine, self._status, usage, accuracy, error)

@@ -7,6 +7,8 @@ also when it ends in a later one. `window_s` 0 is a lifetime counter (quota).
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
+import msgspec
+
 Unit: TypeAlias = Literal["requests", "prompt", "response", "total", "concurrent"]
 
 
@@ -18,9 +20,11 @@ class Amounts(NamedTuple):
     response: int
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """One counter that a request must fit under. Rules with the same `key` share one counter."""
+class Rule(msgspec.Struct, frozen=True, gc=False):
+    """One counter that a request must fit under. Rules with the same `key` share one counter.
+
+    There are a handful per token: kept out of the collector's sight, or it pauses the loop to look at them all.
+    """
 
     key: str
     """stable over restarts, e.g. rate/default/example-token/qwen-7b/tpm or quota/default/basic-quota/total"""

@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import BinaryIO, Final, NamedTuple, TypeAlias
+from typing import BinaryIO, Final, TypeAlias
+
+import msgspec
 
 from apis.compile import link
 from apis.fragments import Fragment, Ident
@@ -29,7 +31,7 @@ Signature: TypeAlias = tuple[tuple[int, int], tuple[tuple[str, _Stamp | None], .
 """The folder's identity, then each file's name and stamp; equal signatures: nothing happened."""
 
 
-class _Cut(NamedTuple):
+class _Cut(msgspec.Struct, frozen=True, gc=False):
     """A piece at its place in a file."""
 
     line: int
@@ -37,7 +39,7 @@ class _Cut(NamedTuple):
     piece: Piece
 
 
-class _Place(NamedTuple):
+class _Place(msgspec.Struct, frozen=True, gc=False):
     file: str
     line: int
     """from 1"""

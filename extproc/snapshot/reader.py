@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any, Final, NamedTuple
 
+import msgspec
 from pydantic import BaseModel, ValidationError
 
 from apis.fragments import EndpointFragment, Fragment, Source, TokenFragment, fragment
@@ -37,7 +38,7 @@ class Remark(NamedTuple):
     text: str
 
 
-class Item(NamedTuple):
+class Item(msgspec.Struct, frozen=True, gc=False):
     """One object."""
 
     line: int
@@ -47,7 +48,7 @@ class Item(NamedTuple):
     """lines of the fields that other objects can make wrong"""
 
 
-class Piece(NamedTuple):
+class Piece(msgspec.Struct, frozen=True, gc=False):
     items: tuple[Item, ...]
     faults: tuple[Fault, ...]
     remarks: tuple[Remark, ...]
