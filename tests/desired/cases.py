@@ -7,10 +7,11 @@ from typing import Any
 
 import yaml
 
-from controller.reconcile.desired.application import World, desired_application
+from controller.reconcile.desired.application import desired_application
 from controller.reconcile.desired.disaggregated import desired_disaggregated
 from controller.reconcile.desired.endpoint import Backend, desired_endpoint
 from controller.reconcile.desired.model import desired_model
+from controller.reconcile.desired.outcome import World
 from controller.workloads.model import DYNAMO_METADATA, GVK, LWS, RBG_V1ALPHA1, RBG_V1ALPHA2
 from tests.desired.resources import MODEL, load, parse
 

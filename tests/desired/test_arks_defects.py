@@ -6,10 +6,11 @@ import json
 
 import pytest
 
-from controller.reconcile.desired.application import World, desired_application
+from controller.reconcile.desired.application import desired_application
 from controller.reconcile.desired.disaggregated import desired_disaggregated
 from controller.reconcile.desired.endpoint import API_PATHS, Backend, desired_endpoint, disaggregated_ready, discovered
 from controller.reconcile.desired.model import desired_model
+from controller.reconcile.desired.outcome import World
 from controller.reconcile.desired.phase import judge
 from controller.workloads.model import LWS, RBG_V1ALPHA1, Counts, Observed
 from tests.desired.resources import (
@@ -411,3 +412,23 @@ def test_paths_cannot_leave_their_volume():
     assert desired_model(load(MODEL, storage={"subPath": "../other"}), environment={}).problems[0].field == (
         "spec.storage.subPath"
     )
+
+
+def test_names_that_no_pod_could_bear_are_a_condition_and_names_that_run_are_not():
+    def named(name, world):
+        app = load(APPLICATION.replace("name: app-qwen", f"name: {name}"))
+        return desired_application(app, load(MODEL), world).blocked
+
+    assert named("a" * 41, RBG).reason == "InvalidName"
+    assert named("a" * 41, LWS_ONLY) is None
+    assert named("7b", LWS_ONLY).reason == "InvalidName"
+    assert named("7b", BARE) is None
+
+
+def test_a_dynamo_frontend_beside_its_worker_shares_the_users_environment():
+    env = {"env": [{"name": "DYN_NAMESPACE", "value": "mine"}]}
+    worker, front = lws_leader(application(runtime="dynamo", instanceSpec=env))["spec"]["containers"]
+    for main in (worker, front):
+        assert [item for item in main["env"] if item["name"] == "DYN_NAMESPACE"] == env["env"]
+    assert {"name": "DYN_FILE_KV", "value": "/run/arks-dynamo"} in front["env"]
+    assert front["ports"][0]["containerPort"] == 8080

@@ -7,30 +7,27 @@ With a blocking problem nothing is built: whatever runs goes on as it is, until 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 from apis.resources import ArksApplication, ArksModel
-from apis.resources.workload import RollingUpdate
 from controller.engines import dynamo
 from controller.engines.accelerator import accelerator_of
 from controller.engines.arguments import split_entries
 from controller.engines.images import runtime_image
 from controller.engines.model import (
-    MODELS_MOUNT,
-    SERVING_PORT,
     Accelerator,
     GroupVariables,
     Launch,
     LaunchSpec,
-    LoraAdapter,
-    MetricNames,
     Problem,
     Role,
 )
 from controller.engines.registry import DEFAULT_RUNTIME, ENGINES, unsupported
 from controller.reconcile.desired.gang import gang_of
-from controller.reconcile.desired.metadata import SCRAPED, application_labels, owned_by, owner_reference
+from controller.reconcile.desired.leftovers import leftovers
+from controller.reconcile.desired.metadata import SCRAPED, application_labels, owner_reference
+from controller.reconcile.desired.mounts import Weights, mounted_weights
+from controller.reconcile.desired.outcome import Desired, World, blocked, rolling
 from controller.reconcile.desired.pod import PodInput, instance_dict, pod_template
 from controller.reconcile.desired.precheck import instance_problems, model_problems, name_problems
 from controller.reconcile.desired.service import (
@@ -39,78 +36,23 @@ from controller.reconcile.desired.service import (
     permissions,
     service,
 )
-from controller.reconcile.desired.storage import MODELS_VOLUME, storage_of
 from controller.workloads.choice import WORKLOAD_ANNOTATION, choose
 from controller.workloads.deployment import deployment
 from controller.workloads.model import (
     DYNAMO_METADATA,
-    GVK,
     ROLE_LABEL,
-    Counts,
-    Deletion,
     Gang,
     Object,
-    Observed,
-    Plan,
     RoleGroup,
     Serving,
-    Surge,
-    Workload,
-    pods_serving,
 )
 
 ALLOW_UNKNOWN_ANNOTATION = "arks.ai/allow-unknown-options"
 ROLE_NAME = "inference"
-_KINDS_OF_OURS = ("Deployment", "LeaderWorkerSet", "RoleBasedGroup")
-
-
-@dataclass(frozen=True, slots=True)
-class World:
-    """What the functions may know of the cluster besides the resource itself."""
-
-    served: AbstractSet[GVK]
-    observed: Observed = field(default_factory=Observed)
-    environment: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Desired:
-    """``objects`` to apply beside the plan's; ``driver`` is the workload's name for the status."""
-
-    objects: tuple[Object, ...] = ()
-    plan: Plan = field(default_factory=Plan)
-    problems: tuple[Problem, ...] = ()
-    serving: Serving | None = None
-    workload: Workload | None = None
-    metrics_port: int = SERVING_PORT
-    metrics: MetricNames = field(default_factory=MetricNames)
-
-    @property
-    def blocked(self) -> Problem | None:
-        return next((problem for problem in self.problems if problem.blocking), None)
-
-    @property
-    def driver(self) -> str:
-        return self.workload.name if self.workload else ""
-
-    def counts(self, observed: Observed) -> Mapping[str, Counts]:
-        """Per role, over all groups; when blocked, what the pods themselves tell."""
-        if self.workload is None or self.serving is None:
-            return pods_serving(observed.pods)
-        return self.workload.status(self.serving, observed)
 
 
 def served_name(app: ArksApplication) -> str:
     return app.spec.served_model_name or app.spec.model.name
-
-
-def rolling(given: RollingUpdate | None) -> Surge | None:
-    return Surge(given.max_unavailable, given.max_surge, given.partition) if given is not None else None
-
-
-def blocked(*problems: Problem | None) -> Desired | None:
-    found = tuple(problem for problem in problems if problem is not None)
-    return Desired(problems=found) if any(problem.blocking for problem in found) else None
 
 
 def desired_application(
@@ -125,7 +67,6 @@ def desired_application(
     runtime = spec.runtime or DEFAULT_RUNTIME
     refused = blocked(
         unsupported(runtime),
-        *name_problems(app.metadata.name),
         *instance_problems(spec.instance_spec, "spec.instanceSpec"),
         *model_problems(model, spec.model.name),
     )
@@ -142,8 +83,9 @@ def desired_application(
         size=size,
         preferred=app.metadata.annotations.get(WORKLOAD_ANNOTATION, ""),
     )
-    mounted = _mounted_weights(app, model, adapters or {})
-    refused = blocked(no_image, bad_gang, missing, *mounted.problems)
+    mounted = mounted_weights(app, model, adapters or {})
+    names = name_problems(app.metadata.name, workload.name if workload else "")
+    refused = blocked(no_image, bad_gang, missing, *names, *mounted.problems)
     if refused is not None or workload is None:
         return refused or Desired()
     launches = _launches(app, runtime, image, accelerator, size, workload.variables, mounted, world)
@@ -153,8 +95,8 @@ def desired_application(
     serving = _serving(app, launches, image, mounted, size, gang)
     plan = workload.build(serving, world.observed)
     objects = (*launches.extra_objects(app, serving, image, mounted), _service(app, launches))
-    leaving = _leftovers(app, workload, serving, plan, world.observed)
-    plan = Plan(plan.apply, (*plan.delete, *leaving), plan.problems, plan.rolling or bool(leaving))
+    leaving = leftovers(app, workload, serving, plan, world.observed)
+    plan = replace(plan, delete=(*plan.delete, *leaving), rolling=plan.rolling or bool(leaving))
     return Desired(
         objects,
         plan,
@@ -164,52 +106,6 @@ def desired_application(
         launches.leader.metrics_port,
         launches.leader.metrics,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """Volumes and mounts of the base model and its adapters."""
-
-    path: str = ""
-    volumes: tuple[Object, ...] = ()
-    mounts: tuple[Object, ...] = ()
-    adapters: tuple[LoraAdapter, ...] = ()
-    problems: tuple[Problem, ...] = ()
-
-
-def mounted_model(model: ArksModel) -> Weights:
-    storage, problem = storage_of(model)
-    if storage is None:
-        return Weights(problems=(problem,) if problem else ())
-    mount = {"name": MODELS_VOLUME, "mountPath": MODELS_MOUNT, "readOnly": True}
-    return Weights(storage.path, (storage.volume(),), (mount,))
-
-
-def _mounted_weights(app: ArksApplication, model: ArksModel, known: Mapping[str, ArksModel]) -> Weights:
-    base = mounted_model(model)
-    if base.problems:
-        return base
-    volumes, mounts, adapters = list(base.volumes), list(base.mounts), []
-    problems: list[Problem] = []
-    for index, wanted in enumerate(app.spec.lora_adapters):
-        path = f"spec.loraAdapters[{index}].model.name"
-        found = known.get(wanted.model.name)
-        state = model_problems(found, wanted.model.name)
-        if state or found is None:
-            problems += [Problem(item.reason, path, item.message) for item in state]
-            continue
-        mount = f"/adapters/{index}"
-        storage, problem = storage_of(found, mount=mount)
-        if storage is None:
-            problems += [problem] if problem else []
-            continue
-        same = storage.source == {key: value for key, value in volumes[0].items() if key != "name"}
-        name = MODELS_VOLUME if same else f"adapter-{index}"
-        if not same:
-            volumes.append(storage.volume(name))
-        mounts.append({"name": name, "mountPath": mount, "readOnly": True})
-        adapters.append(LoraAdapter(wanted.name, storage.path))
-    return Weights(base.path, tuple(volumes), tuple(mounts), tuple(adapters), tuple(problems))
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,23 +256,4 @@ def _service(app: ArksApplication, launches: Launches) -> Object:
         labels={**_identity(app), **SCRAPED},
         selector={"arks.ai/application": app.metadata.name, ROLE_LABEL: "leader"},
         target_port=speaker.serving_port,
-    )
-
-
-def _leftovers(
-    app: ArksApplication, workload: Workload, serving: Serving, plan: Plan, observed: Observed
-) -> tuple[Deletion, ...]:
-    """Objects of a workload that ran this application before; they go once the new one serves."""
-    if serving.roles[0].replicas and workload.status(serving, observed)[ROLE_NAME].ready == 0:
-        return ()
-    ours = {(item["kind"], item["metadata"]["name"]) for item in plan.apply}
-    ours |= {(item.kind, item.name) for item in plan.delete} | {("Deployment", f"{serving.name}-frontend")}
-    kinds = {kind.kind for kind in workload.kinds}
-    return tuple(
-        Deletion(item["apiVersion"], item["kind"], serving.namespace, item["metadata"]["name"])
-        for item in observed.objects
-        if item["kind"] in _KINDS_OF_OURS
-        and (item["kind"], item["metadata"]["name"]) not in ours
-        and not (workload.name == "rbg" and item["kind"] in kinds)
-        and owned_by(item, app)
     )

@@ -8,6 +8,7 @@ target and its container port alike; routes always speak to the Service's port.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from apis.resources import ArksDisaggregatedApplication, ArksModel
 from apis.resources.disaggregated import DisaggregatedRole
@@ -17,19 +18,12 @@ from controller.engines.arguments import split_entries
 from controller.engines.images import router_image, runtime_image
 from controller.engines.model import GroupVariables, Launch, LaunchSpec, Problem, Role, Stage
 from controller.engines.registry import DEFAULT_DISAGGREGATED_RUNTIME, ENGINES, unsupported
-from controller.reconcile.desired.application import (
-    ALLOW_UNKNOWN_ANNOTATION,
-    Desired,
-    Weights,
-    World,
-    blocked,
-    dynamo_account,
-    mounted_model,
-    pull_secrets,
-    rolling,
-)
+from controller.reconcile.desired.application import ALLOW_UNKNOWN_ANNOTATION, dynamo_account, pull_secrets
 from controller.reconcile.desired.gang import gang_of
+from controller.reconcile.desired.leftovers import leftovers
 from controller.reconcile.desired.metadata import application_labels, owner_reference
+from controller.reconcile.desired.mounts import Weights, mounted_model
+from controller.reconcile.desired.outcome import Desired, World, blocked, rolling
 from controller.reconcile.desired.pod import PodInput, instance_dict, pod_template
 from controller.reconcile.desired.precheck import instance_problems, model_problems, name_problems
 from controller.reconcile.desired.service import (
@@ -51,7 +45,6 @@ def desired_disaggregated(app: ArksDisaggregatedApplication, model: ArksModel | 
     runtime = spec.runtime or DEFAULT_DISAGGREGATED_RUNTIME
     refused = blocked(
         unsupported(runtime),
-        *name_problems(app.metadata.name),
         *instance_problems(spec.router.instance_spec, "spec.router.instanceSpec"),
         *instance_problems(spec.prefill.instance_spec, "spec.prefill.instanceSpec"),
         *instance_problems(spec.decode.instance_spec, "spec.decode.instanceSpec"),
@@ -95,7 +88,8 @@ class _Builder:
             disaggregated=True,
             preferred=self._app.metadata.annotations.get(WORKLOAD_ANNOTATION, ""),
         )
-        refused = blocked(*bad, problem, bad_gang, missing)
+        names = name_problems(self._app.metadata.name, workload.name if workload else "", disaggregated=True)
+        refused = blocked(*bad, problem, bad_gang, missing, *names)
         if refused is not None or workload is None:
             return refused or Desired()
         variables = workload.variables
@@ -117,6 +111,8 @@ class _Builder:
             gang=gang,
         )
         plan = workload.build(serving, world.observed)
+        leaving = leftovers(self._app, workload, serving, plan, world.observed)
+        plan = replace(plan, delete=(*plan.delete, *leaving), rolling=plan.rolling or bool(leaving))
         return Desired(
             (*self._permissions(), *self._discovery(), self._service(front)),
             plan,

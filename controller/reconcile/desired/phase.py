@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from controller.engines.model import Problem
-from controller.reconcile.desired.application import Desired
+from controller.reconcile.desired.outcome import Desired
 from controller.workloads.model import Counts
 
 _MODEL_REASONS = {"ModelNotExist", "ModelLoadFailed", "ModelLoading"}

@@ -150,7 +150,7 @@ def _sidecar(item: Sidecar, image: str, instance: Object, launch: Launch) -> Obj
         "image": image,
         "imagePullPolicy": "IfNotPresent",
         "command": list(item.command),
-        "env": [dict(entry) for entry in item.env],
+        "env": merged_env(item.env, instance.get("env", [])),
         "ports": container_ports(item.ports),
         "volumeMounts": [{"name": name, "mountPath": path} for name, path in launch.scratch],
         **_probes(item.probes, {}),

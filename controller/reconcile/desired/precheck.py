@@ -9,7 +9,8 @@ from apis.resources.instance import RESERVED_MOUNT_PATH, RESERVED_VOLUME, ArksIn
 from controller.engines.model import Problem
 
 _LABEL_1035 = re.compile(r"^[a-z]([-a-z0-9]*[a-z0-9])?$")
-_NAME_LIMIT = 40
+# What "<app>-0-inference", "<app>-0-scheduler", "<app>-scheduler" leave of 52 characters: (whole, disaggregated).
+_ROOM = {"rbg": (40, 40), "lws": (50, 42), "deployment": (50, 42)}
 
 
 def instance_problems(instance: ArksInstanceSpec | None, path: str) -> tuple[Problem, ...]:
@@ -37,13 +38,16 @@ def _normal(path: str) -> str:
     return "/" + "/".join(part for part in path.split("/") if part not in ("", "."))
 
 
-def name_problems(name: str) -> tuple[Problem, ...]:
-    """Group names become DNS labels of pods and Services, with up to 23 characters behind the application's."""
-    if not _LABEL_1035.match(name):
+def name_problems(name: str, workload: str, *, disaggregated: bool = False) -> tuple[Problem, ...]:
+    """A StatefulSet's name and a hash make one label of 63 characters; ours is the beginning of the name."""
+    if workload not in _ROOM:
+        return ()
+    if workload != "deployment" and not _LABEL_1035.match(name):
         text = "the name must start with a letter and hold only a-z, 0-9 and -: it becomes part of DNS names"
         return (Problem("InvalidName", "metadata.name", text),)
-    if len(name) > _NAME_LIMIT:
-        text = f"the name has {len(name)} characters; pods of a group are named after it, so at most {_NAME_LIMIT} fit"
+    limit = _ROOM[workload][disaggregated]
+    if len(name) > limit:
+        text = f"the name has {len(name)} characters; pods of a group are named after it, so at most {limit} fit"
         return (Problem("InvalidName", "metadata.name", text),)
     return ()
 
