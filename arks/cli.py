@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from arks import options, up, usage, version
 from arks.errors import ArksError
 from arks.folders import default_state
-from extproc.observe.logs import LEVELS, configure_logging
+from extproc.observe.logs import FORMATS, LEVELS, configure_logging
 from extproc.settings import ExtprocSettings, TlsSettings
 
 TRANSPORTS = ("h2", "grpc_aio")
@@ -66,8 +66,10 @@ def _on_journal_failure(parser: argparse.ArgumentParser) -> None:
     options.add_flag(parser, "--on-journal-failure", options.text, "refuse", text, choices=("refuse", "serve"))
 
 
-def _log_level(parser: argparse.ArgumentParser) -> None:
+def _logging(parser: argparse.ArgumentParser) -> None:
     options.add_flag(parser, "--log-level", options.text, "info", "Least level that is logged.", choices=LEVELS)
+    text = "Lines of JSON, or for eyes; auto: for eyes on a terminal."
+    options.add_flag(parser, "--log-format", options.text, "auto", text, choices=FORMATS)
 
 
 def _admin(parser: argparse.ArgumentParser) -> None:
@@ -102,12 +104,12 @@ def _add_up(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     _on_journal_failure(parser)
     text = "After Ctrl-C or SIGTERM, how long open streams may go on. A second Ctrl-C stops at once."
     options.add_flag(parser, "--drain-timeout-s", options.seconds, "30", text, metavar="SECONDS")
-    _log_level(parser)
+    _logging(parser)
     parser.set_defaults(run=_run_up)
 
 
 def _run_up(chosen: argparse.Namespace) -> int:
-    configure_logging(chosen.log_level)
+    configure_logging(chosen.log_level, chosen.log_format)
     return up.run(
         up.UpSettings(
             policy=chosen.policy,
@@ -122,6 +124,7 @@ def _run_up(chosen: argparse.Namespace) -> int:
             on_journal_failure=chosen.on_journal_failure,
             drain_timeout_s=chosen.drain_timeout_s,
             log_level=chosen.log_level,
+            log_format=chosen.log_format,
         )
     )
 
@@ -155,15 +158,16 @@ def _add_extproc(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "--metrics-per-token", action="store_true", help="Label `user` (the token's name) on the gateway_* metrics."
     )
-    _log_level(parser)
+    _logging(parser)
     parser.set_defaults(run=lambda chosen: _run_extproc(parser, chosen))
 
 
 def _run_extproc(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> int:
     settings = extproc_settings(parser, chosen)
-    configure_logging(chosen.log_level)
+    configure_logging(chosen.log_level, chosen.log_format)
     # uvloop and the whole data plane load here, not for `arks usage`.
     import uvloop  # noqa: PLC0415
+
     from extproc.app import run  # noqa: PLC0415
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -31,11 +31,13 @@ from arks.envoy.bootstrap import STAT_PREFIX, render_bootstrap
 from arks.envoy.settings import GatewaySettings
 from arks.errors import ArksError, PartFailed, UsageError
 from arks.folders import quickstart, run_folder
+from arks.launch import POLL_S, START_TIMEOUT_S, STOP_TIMEOUT_S, or_stopped, spawn, status_is, until
 from arks.options import EngineUrl, HostPort, resolve
 from arks.policyfiles import default_models
 from arks.process import Child
 from arks.supervision import Part, ending, quoted
 from arks.welcome import welcome
+from extproc.observe.logs import LogFormat
 from extproc.settings import OnJournalFailure, TransportName
 
 log = structlog.get_logger()
@@ -43,13 +45,8 @@ log = structlog.get_logger()
 SIMULATED_ENGINES = 2
 SIMULATED_FLAGS = ("--ttft-ms", "80", "--itl-ms", "15", "--jitter", "0.2", "--default-output-tokens", "32")
 """slow enough that a stream looks like one"""
-START_TIMEOUT_S = 30.0
-"""for each part to serve"""
 HEALTH_TIMEOUT_S = 5.0
 """for extproc's health checks to see an engine before we say ready; without one we serve 503s, and say so"""
-POLL_S = 0.05
-STOP_TIMEOUT_S = 5.0
-"""between SIGTERM and SIGKILL, for parts that have nothing left to finish"""
 KILLED = 130
 """exit status after a second Ctrl-C, as shells have it"""
 
@@ -72,6 +69,7 @@ class UpSettings:
     on_journal_failure: OnJournalFailure
     drain_timeout_s: float
     log_level: str
+    log_format: LogFormat
     extproc_command: tuple[str, ...] = (sys.executable, "-m", "arks", "extproc")
     """what takes `arks extproc`'s flags"""
 
@@ -188,8 +186,8 @@ class _Gateway:
         listen = self._addresses.get(name, "127.0.0.1:0")
         named = [argument for model in models for argument in ("--model", model)]
         command = [sys.executable, "-m", "simengine", "--listen", listen, "--seed", str(seed), *SIMULATED_FLAGS, *named]
-        child = await _spawn(name, command, says_ready=True)
-        async with _or_stopped(child):
+        child = await spawn(name, command, says_ready=True)
+        async with or_stopped(child):
             line = await child.first_line(START_TIMEOUT_S)
             if not line:
                 raise PartFailed(f"{name} did not start: {ending(await child.wait())}{quoted(child)}")
@@ -202,12 +200,14 @@ class _Gateway:
         command += ["--admin", str(self._admin), "--policy", str(self._policy), "--state", str(settings.state)]
         command += ["--transport", settings.transport, "--on-journal-failure", settings.on_journal_failure]
         command += ["--eds-file", str(eds), "--drain-timeout-s", str(settings.drain_timeout_s)]
-        command += ["--log-level", settings.log_level]
+        # A child's stderr is a pipe: what `auto` means is decided here.
+        eyes = settings.log_format == "console" or (settings.log_format == "auto" and sys.stderr.isatty())
+        command += ["--log-level", settings.log_level, "--log-format", "console" if eyes else "json"]
         command += [argument for engine in engines for argument in ("--engine", f"http://{engine}")]
         (self._run / "extproc.sock").unlink(missing_ok=True)  # of one that was killed
-        child = await _spawn("extproc", command)
-        async with _or_stopped(child), aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2)) as session:
-            await _until(child, "its /readyz does not say ready", lambda: _status_is(session, self._ready_url(), {200}))
+        child = await spawn("extproc", command)
+        async with or_stopped(child), aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2)) as session:
+            await until(child, "its /readyz does not say ready", lambda: status_is(session, self._ready_url(), {200}))
         return child
 
     def _ready_url(self) -> str:
@@ -232,11 +232,11 @@ class _Gateway:
         program = settings.envoy or _packaged_envoy()
         command = [str(program), "-c", str(bootstrap), "--concurrency", str(settings.concurrency)]
         command += ["--disable-hot-restart", "--log-level", "warn", "--file-flush-interval-msec", "1000"]
-        child = await _spawn("envoy", command)
-        async with _or_stopped(child), aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2)) as session:
+        child = await spawn("envoy", command)
+        async with or_stopped(child), aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2)) as session:
             # Any answer of extproc's will do; without a token it is a refusal. 5xx: Envoy cannot reach extproc yet.
             probe = f"{self._listen.url()}/v1/models"
-            await _until(child, "nothing answers through it", lambda: _status_is(session, probe, set(range(200, 500))))
+            await until(child, "nothing answers through it", lambda: status_is(session, probe, set(range(200, 500))))
         return child
 
     def _envoy_admin(self) -> Path:
@@ -293,46 +293,6 @@ class _Gateway:
         for child in children:
             child.signal(signal.SIGKILL)
         await asyncio.gather(*(child.wait() for child in children))
-
-
-@contextlib.asynccontextmanager
-async def _or_stopped(child: Child) -> AsyncIterator[None]:
-    """A launch that fails, or is cancelled, leaves no process behind."""
-    try:
-        yield
-    except BaseException as error:
-        child.signal(signal.SIGTERM)
-        await asyncio.shield(child.stop(STOP_TIMEOUT_S))
-        if isinstance(error, TimeoutError | ValueError | KeyError):
-            raise PartFailed(f"{child.name} did not start: no ready line{quoted(child)}") from error
-        raise
-
-
-async def _spawn(name: str, command: list[str], *, says_ready: bool = False) -> Child:
-    try:
-        return await Child.start(name, command, says_ready=says_ready)
-    except OSError as error:
-        raise PartFailed(f"{name} cannot be run: {error.strerror}: {command[0]}") from error
-
-
-async def _until(child: Child, otherwise: str, holds: Callable[[], Awaitable[bool]]) -> None:
-    """Poll until it holds. Raises PartFailed where the child ends before, or it takes too long."""
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while not await holds():
-        if not child.alive():
-            raise PartFailed(f"{child.name} did not start: {ending(await child.wait())}{quoted(child)}")
-        if time.monotonic() > deadline:
-            raise PartFailed(f"{child.name} did not start within {START_TIMEOUT_S:.0f} s: {otherwise}{quoted(child)}")
-        await asyncio.sleep(POLL_S)
-
-
-async def _status_is(session: aiohttp.ClientSession, url: str, wanted: set[int]) -> bool:
-    try:
-        async with session.get(url) as answer:
-            await answer.read()
-            return answer.status in wanted
-    except (aiohttp.ClientError, TimeoutError):
-        return False
 
 
 def _resolved(engine: EngineUrl) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from typing import Any, Literal, TextIO, TypeAlias
 import structlog
 
 LogFormat: TypeAlias = Literal["auto", "json", "console"]
+FORMATS = ("auto", "json", "console")
 LEVELS = ("debug", "info", "warning", "error")
 REDACTED = "[redacted]"
 

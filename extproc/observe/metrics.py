@@ -11,12 +11,11 @@ All methods run on the event loop. Nothing here can fail a request: labels are r
 import asyncio
 from bisect import bisect_left
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from itertools import accumulate
 from typing import Any, TypeAlias, TypeVar
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector, generate_latest
-from prometheus_client.utils import floatToGoString
 
+from extproc.observe import exposition as text
 from extproc.observe import names
 from extproc.observe.names import MetricName
 
@@ -207,9 +206,9 @@ class GatewayMetrics:
         yield from self._arks_counters(by_model)
         yield from self._arks_histograms(by_model)
         yield from self._gen_ai([(operation, ns, model, user, series) for operation, ns, model, user, series in rows])
-        yield from _head(names.REFUSED)
+        yield from text.head(names.REFUSED)
         for (namespace, reason), count in list(self._refused.items()):
-            yield _line(names.REFUSED.name, _labels(names.REFUSED, (namespace, reason)), count)
+            yield text.line(names.REFUSED.name, text.labels(names.REFUSED, (namespace, reason)), count)
         for metric, read in self._watched:
             yield from _watched(metric, read)
 
@@ -218,108 +217,104 @@ class GatewayMetrics:
         return namespace, model, user
 
     def _user(self, user: str) -> str:
-        return f'user="{_escape(user)}",' if self._per_token else ""
+        return f'user="{text.escape(user)}",' if self._per_token else ""
 
     def _arks_counters(self, by_model: dict[tuple[str, str, str], list[_Series]]) -> Iterator[str]:
-        yield from _head(names.REQUESTS)
+        yield from text.head(names.REQUESTS)
         for (namespace, model, user), group in by_model.items():
             for status, count in sorted(_sum_dicts(series.statuses for series in group).items()):
-                labels = self._user(user) + _labels(names.REQUESTS, (namespace, model, str(status)))
-                yield _line(names.REQUESTS.name, labels, count)
-        yield from _head(names.TOKEN_USAGE)
+                labels = self._user(user) + text.labels(names.REQUESTS, (namespace, model, str(status)))
+                yield text.line(names.REQUESTS.name, labels, count)
+        yield from text.head(names.TOKEN_USAGE)
         for (namespace, model, user), group in by_model.items():
             for kind, count in (
                 ("input", sum(series.prompt_sum for series in group)),
                 ("output", sum(series.completion_sum for series in group)),
             ):
-                labels = self._user(user) + _labels(names.TOKEN_USAGE, (namespace, model, kind))
-                yield _line(names.TOKEN_USAGE.name, labels, count)
-        yield from _head(names.RATE_LIMIT_HITS)
+                labels = self._user(user) + text.labels(names.TOKEN_USAGE, (namespace, model, kind))
+                yield text.line(names.TOKEN_USAGE.name, labels, count)
+        yield from text.head(names.RATE_LIMIT_HITS)
         for (namespace, model, kind, user), count in list(self._rate_limited.items()):
-            labels = self._user(user) + _labels(names.RATE_LIMIT_HITS, (namespace, model, kind))
-            yield _line(names.RATE_LIMIT_HITS.name, labels, count)
+            labels = self._user(user) + text.labels(names.RATE_LIMIT_HITS, (namespace, model, kind))
+            yield text.line(names.RATE_LIMIT_HITS.name, labels, count)
 
         # The rest is never per token.
         endpoints: dict[tuple[str, str], list[_Series]] = {}
         for (namespace, model, _), group in by_model.items():
             endpoints.setdefault((namespace, model), []).extend(group)
-        yield from _head(names.ERRORS)
+        yield from text.head(names.ERRORS)
         for key, group in endpoints.items():
             for reason, count in sorted(_sum_dicts(series.errors for series in group).items()):
-                yield _line(names.ERRORS.name, _labels(names.ERRORS, (*key, reason)), count)
+                yield text.line(names.ERRORS.name, text.labels(names.ERRORS, (*key, reason)), count)
         for (namespace, reason), count in list(self._refused.items()):
-            yield _line(names.ERRORS.name, _labels(names.ERRORS, (namespace, "", reason)), count)
-        yield from _head(names.CACHED_TOKENS)
+            yield text.line(names.ERRORS.name, text.labels(names.ERRORS, (namespace, "", reason)), count)
+        yield from text.head(names.CACHED_TOKENS)
         for key, group in endpoints.items():
             cached = sum(series.cached for series in group)
-            yield _line(names.CACHED_TOKENS.name, _labels(names.CACHED_TOKENS, key), cached)
-        yield from _head(names.STREAMED)
+            yield text.line(names.CACHED_TOKENS.name, text.labels(names.CACHED_TOKENS, key), cached)
+        yield from text.head(names.STREAMED)
         for key, group in endpoints.items():
             streamed = sum(series.streamed for series in group)
-            yield _line(names.STREAMED.name, _labels(names.STREAMED, key), streamed)
-        yield from _head(names.USAGE_ACCURACY)
+            yield text.line(names.STREAMED.name, text.labels(names.STREAMED, key), streamed)
+        yield from text.head(names.USAGE_ACCURACY)
         for key, group in endpoints.items():
             for accuracy, count in (
                 ("exact", sum(series.exact for series in group)),
                 ("estimated", sum(series.estimated for series in group)),
             ):
-                yield _line(names.USAGE_ACCURACY.name, _labels(names.USAGE_ACCURACY, (*key, accuracy)), count)
+                yield text.line(names.USAGE_ACCURACY.name, text.labels(names.USAGE_ACCURACY, (*key, accuracy)), count)
 
     def _arks_histograms(self, by_model: dict[tuple[str, str, str], list[_Series]]) -> Iterator[str]:
-        yield from _head(names.REQUEST_DURATION)
+        yield from text.head(names.REQUEST_DURATION)
         for (namespace, model, user), group in by_model.items():
-            labels = self._user(user) + _labels(names.REQUEST_DURATION, (namespace, model))
+            labels = self._user(user) + text.labels(names.REQUEST_DURATION, (namespace, model))
             counts = _sum_lists([series.duration for series in group])
             total = sum(series.duration_sum for series in group)
-            yield from _histogram(names.REQUEST_DURATION, labels, _DURATION_BOUNDS, counts, total)
-        yield from _head(names.RESPONSE_DURATION_MS)
+            yield from text.histogram(names.REQUEST_DURATION, labels, _DURATION_BOUNDS, counts, total)
+        yield from text.head(names.RESPONSE_DURATION_MS)
         bounds_ms = names.RESPONSE_DURATION_MS.buckets
         for (namespace, model, user), group in by_model.items():
-            labels = self._user(user) + _labels(names.RESPONSE_DURATION_MS, (namespace, model))
+            labels = self._user(user) + text.labels(names.RESPONSE_DURATION_MS, (namespace, model))
             counts = _sum_lists([series.response for series in group])
             total = 1000 * sum(series.response_sum for series in group)
-            yield from _histogram(names.RESPONSE_DURATION_MS, labels, bounds_ms, counts, total)
-        yield from _head(names.TOKEN_DISTRIBUTION)
+            yield from text.histogram(names.RESPONSE_DURATION_MS, labels, bounds_ms, counts, total)
+        yield from text.head(names.TOKEN_DISTRIBUTION)
         for (namespace, model, user), group in by_model.items():
             for kind, counts, total in (
                 ("input", _sum_lists([s.prompt for s in group]), sum(s.prompt_sum for s in group)),
                 ("output", _sum_lists([s.completion for s in group]), sum(s.completion_sum for s in group)),
             ):
-                labels = self._user(user) + _labels(names.TOKEN_DISTRIBUTION, (namespace, model, kind))
-                yield from _histogram(names.TOKEN_DISTRIBUTION, labels, _TOKEN_BOUNDS, counts, total)
+                labels = self._user(user) + text.labels(names.TOKEN_DISTRIBUTION, (namespace, model, kind))
+                yield from text.histogram(names.TOKEN_DISTRIBUTION, labels, _TOKEN_BOUNDS, counts, total)
 
     def _gen_ai(self, rows: list[tuple[str, str, str, str, _Series]]) -> Iterator[str]:
         groups: dict[tuple[str, str, str], list[_Series]] = {}
         for operation, namespace, model, _, series in rows:
             groups.setdefault((operation, model, namespace), []).append(series)
-        yield from _head(names.GEN_AI_DURATION)
+        yield from text.head(names.GEN_AI_DURATION)
         for key, group in groups.items():
-            labels = _labels(names.GEN_AI_DURATION, key)
+            labels = text.labels(names.GEN_AI_DURATION, key)
             counts = _sum_lists([s.duration for s in group])
             total = sum(s.duration_sum for s in group)
-            yield from _histogram(names.GEN_AI_DURATION, labels, _DURATION_BOUNDS, counts, total)
-        yield from _head(names.GEN_AI_TTFT)
+            yield from text.histogram(names.GEN_AI_DURATION, labels, _DURATION_BOUNDS, counts, total)
+        yield from text.head(names.GEN_AI_TTFT)
         for key, group in groups.items():
-            labels = _labels(names.GEN_AI_TTFT, key)
+            labels = text.labels(names.GEN_AI_TTFT, key)
             counts = _sum_lists([s.ttft for s in group])
-            yield from _histogram(names.GEN_AI_TTFT, labels, _TTFT_BOUNDS, counts, sum(s.ttft_sum for s in group))
-        yield from _head(names.GEN_AI_TPOT)
+            yield from text.histogram(names.GEN_AI_TTFT, labels, _TTFT_BOUNDS, counts, sum(s.ttft_sum for s in group))
+        yield from text.head(names.GEN_AI_TPOT)
         for key, group in groups.items():
-            labels = _labels(names.GEN_AI_TPOT, key)
+            labels = text.labels(names.GEN_AI_TPOT, key)
             counts = _sum_lists([s.tpot for s in group])
-            yield from _histogram(names.GEN_AI_TPOT, labels, _TPOT_BOUNDS, counts, sum(s.tpot_sum for s in group))
-        yield from _head(names.GEN_AI_TOKENS)
+            yield from text.histogram(names.GEN_AI_TPOT, labels, _TPOT_BOUNDS, counts, sum(s.tpot_sum for s in group))
+        yield from text.head(names.GEN_AI_TOKENS)
         for (operation, model, namespace), group in groups.items():
             for kind, counts, tokens in (
                 ("input", _sum_lists([s.prompt for s in group]), sum(s.prompt_sum for s in group)),
                 ("output", _sum_lists([s.completion for s in group]), sum(s.completion_sum for s in group)),
             ):
-                labels = _labels(names.GEN_AI_TOKENS, (operation, model, kind, namespace))
-                yield from _histogram(names.GEN_AI_TOKENS, labels, _TOKEN_BOUNDS, counts, tokens)
-
-
-def _bound(bucket: float) -> str:
-    return str(floatToGoString(bucket))  # type: ignore[no-untyped-call]
+                labels = text.labels(names.GEN_AI_TOKENS, (operation, model, kind, namespace))
+                yield from text.histogram(names.GEN_AI_TOKENS, labels, _TOKEN_BOUNDS, counts, tokens)
 
 
 def _edge(tokens: int) -> int:
@@ -339,40 +334,12 @@ def _sum_dicts(dicts: Iterable[dict[_Key, int]]) -> dict[_Key, int]:
     return total
 
 
-def _escape(value: str) -> str:
-    return value.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
-
-
-def _labels(metric: MetricName, values: tuple[str, ...]) -> str:
-    return ",".join(f'{name}="{_escape(value)}"' for name, value in zip(metric.labels, values, strict=True))
-
-
-def _head(metric: MetricName) -> Iterator[str]:
-    yield f"# HELP {metric.name} {metric.help}\n# TYPE {metric.name} {metric.kind}\n"
-
-
-def _line(name: str, labels: str, value: float) -> str:
-    return f"{name}{{{labels}}} {value}\n" if labels else f"{name} {value}\n"
-
-
-def _histogram(
-    metric: MetricName, labels: str, bounds: tuple[float, ...], counts: list[int], total: float
-) -> Iterator[str]:
-    """One histogram's lines; `bounds` may be finer than the metric's own buckets."""
-    below = list(accumulate(counts))
-    for bucket in metric.buckets:
-        count = below[bisect_left(bounds, bucket)]
-        yield f'{metric.name}_bucket{{{labels},le="{_bound(bucket)}"}} {count}\n'
-    yield f'{metric.name}_bucket{{{labels},le="+Inf"}} {below[-1]}\n'
-    yield f"{metric.name}_sum{{{labels}}} {total}\n{metric.name}_count{{{labels}}} {below[-1]}\n"
-
-
 def _watched(metric: MetricName, read: Callable[[], Reading]) -> Iterator[str]:
     try:
         reading = read()
         values = [((), float(reading))] if isinstance(reading, int | float) else list(reading)
-        lines = [_line(metric.name, _labels(metric, tuple(labels)), value) for labels, value in values]
+        lines = [text.line(metric.name, text.labels(metric, tuple(labels)), value) for labels, value in values]
     except Exception:  # one reader's fault must not take the whole scrape away
         return
-    yield from _head(metric)
+    yield from text.head(metric)
     yield from lines

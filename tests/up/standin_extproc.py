@@ -76,6 +76,7 @@ async def main() -> int:
         parser.add_argument(f"--{flag}")
     parser.add_argument("--drain-timeout-s", type=float)
     parser.add_argument("--log-level")
+    parser.add_argument("--log-format")
     parser.add_argument("--engine", action="append")
     options = parser.parse_args()
     fault = os.environ.get("STANDIN_FAULT")
