@@ -9,7 +9,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from extproc.transport.connection import Connection
-from extproc.transport.link import Limits, Link
+from extproc.transport.link import Limits, Register
 from extproc.transport.listening import CertificateFiles, SocketFile, address_of, listen, tls_context, unix_path
 from extproc.transport.routing import Router
 
@@ -24,7 +24,7 @@ class H2Server:
     def __init__(
         self,
         listener: asyncio.Server,
-        connections: set[Link],
+        connections: Register,
         *,
         address: str,
         socket_file: SocketFile | None,
@@ -56,6 +56,7 @@ class H2Server:
             await asyncio.wait([connection.ended for connection in connections], timeout=3.0)
 
     def _stop_listening(self) -> None:
+        self._connections.closed = True
         self._listener.close()
         if self._socket_file is not None:
             self._socket_file.remove()
@@ -79,7 +80,7 @@ async def serve(
     limits = limits or Limits(max_message_bytes=max_message_bytes, max_concurrent_streams=max_concurrent_streams)
     router = Router({**services, **(health.services if health is not None else {})})
     context = None if tls is None else tls_context(tls)
-    connections: set[Link] = set()
+    connections = Register()
     loop = asyncio.get_running_loop()
     sock = listen(address, reuse_port=reuse_port)
     path = unix_path(address)

@@ -22,8 +22,6 @@ from extproc.transport.frames import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import MutableSet
-
     from extproc.transport.stream import H2Stream
 
 _log = logging.getLogger(__name__)
@@ -58,6 +56,13 @@ def log_failure(what: str, error: Exception) -> None:
     _log.error("%s: %s at %s", what, type(error).__name__, where)
 
 
+class Register(set["Link"]):
+    """The live connections of one listener."""
+
+    closed = False
+    """no more of them: one whose TLS handshake ends after the listener's end is dropped"""
+
+
 class Link(asyncio.Protocol):
     """Keeps itself in `register` while it lives."""
 
@@ -81,7 +86,7 @@ class Link(asyncio.Protocol):
         "ended",
     )
 
-    def __init__(self, limits: Limits, register: MutableSet[Link], loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, limits: Limits, register: Register, loop: asyncio.AbstractEventLoop) -> None:
         self._limits = limits
         self._register = register
         self._loop = loop
@@ -109,7 +114,7 @@ class Link(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
         tls = transport.get_extra_info("ssl_object")
-        if tls is not None and tls.selected_alpn_protocol() != "h2":
+        if self._register.closed or (tls is not None and tls.selected_alpn_protocol() != "h2"):
             self.abort()
             return
         self._register.add(self)
@@ -129,14 +134,14 @@ class Link(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._paused = True
-        if self._transport is not None:
+        if self._transport is not None and not self._transport.is_closing():
             # Replies come of what we read: reading on would let a peer that does not read fill our memory.
             self._transport.pause_reading()
             self._set_deadline(self._limits.stalled_write_timeout_s)
 
     def resume_writing(self) -> None:
         self._paused = False
-        if self._transport is not None:
+        if self._transport is not None and not self._transport.is_closing():
             self._set_deadline(None)
             self._transport.resume_reading()
             self._drain_output()

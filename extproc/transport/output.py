@@ -32,12 +32,11 @@ from extproc.transport.frames import (
     trailers,
     window_update,
 )
-from extproc.transport.link import Limits, Link, log_failure, tell_end
+from extproc.transport.link import Limits, Link, Register, log_failure, tell_end
 from extproc.transport.stream import Backlog, H2Stream
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import MutableSet
 
 STREAM_WINDOW: Final = 1 << 24
 """what a peer may send on a stream ahead of our WINDOW_UPDATE, in bytes; there is one for each half of it"""
@@ -60,7 +59,7 @@ class Output(Link):
         "_send_window",
     )
 
-    def __init__(self, limits: Limits, register: MutableSet[Link], loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, limits: Limits, register: Register, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(limits, register, loop)
         self._send_window = DEFAULT_WINDOW
         self._initial_window = DEFAULT_WINDOW

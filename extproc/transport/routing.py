@@ -4,8 +4,7 @@ One `Router` serves all connections of a listener. Envoy opens stream after stre
 without a dynamic table the same headers are the same octets, so routes are remembered by header block; the memory is
 bounded and holds no block longer than a usual request's.
 
-`grpc-timeout` is not acted upon: the deadline is the client's to enforce, by resetting the stream, and gateways set one
-that does not bound the life of an ext_proc stream.
+`grpc-timeout` is not acted upon: the deadline is the client's to enforce, by resetting the stream.
 """
 
 import re
@@ -20,6 +19,7 @@ _REMEMBERED_ROUTES: Final = 512
 _REMEMBERED_BLOCK_BYTES: Final = 1024
 _NAME: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+").fullmatch
 _BAD_VALUE: Final = re.compile(rb"[\x00\r\n]|^[ \t]|[ \t]\Z").search
+_GRPC: Final = re.compile(rb"application/grpc(?:[+; ]|\Z)").match
 _PSEUDO: Final = frozenset((b":method", b":scheme", b":path", b":authority"))
 _OF_A_CONNECTION: Final = frozenset(
     (b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade")
@@ -109,7 +109,7 @@ class Router:
         content_length = None if length is None else int(length[:20])
         if headers[b":method"] != b"POST":
             return Route(http_error=405, content_length=content_length)
-        if not headers.get(b"content-type", b"").startswith(b"application/grpc"):
+        if not _GRPC(headers.get(b"content-type", b"")):
             return Route(http_error=415, content_length=content_length)
         service = self._services.get(path)
         if service is None:

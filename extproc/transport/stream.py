@@ -11,8 +11,8 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from extproc.transport.connection import Connection
     from extproc.transport.core import Call
+    from extproc.transport.output import Output
 
 
 class Backlog:
@@ -64,8 +64,8 @@ class H2Stream:
 
     __slots__ = ("backlog", "call", "connection", "received_bytes", "send_window", "sid", "started")
 
-    def __init__(self, connection: Connection, sid: int, send_window: int) -> None:
-        self.connection: Connection | None = connection
+    def __init__(self, connection: Output, sid: int, send_window: int) -> None:
+        self.connection: Output | None = connection
         """None once the stream is closed"""
         self.sid = sid
         self.send_window = send_window

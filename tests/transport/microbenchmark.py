@@ -15,7 +15,7 @@ import time
 
 from extproc.transport.connection import Connection
 from extproc.transport.frames import PREFACE, frame
-from extproc.transport.link import Limits
+from extproc.transport.link import Limits, Register
 from extproc.transport.routing import Router
 
 PATH = b"/envoy.service.ext_proc.v3.ExternalProcessor/Process"
@@ -40,6 +40,9 @@ class Wire:
 
     def get_extra_info(self, name):
         return None
+
+    def is_closing(self):
+        return False
 
     def close(self):
         raise AssertionError("the connection was ended")
@@ -78,7 +81,7 @@ def reads(first, count, messages):
 
 
 def ours(loop):
-    connection = Connection(Router({PATH.decode(): Answer}), Limits(), set(), loop)
+    connection = Connection(Router({PATH.decode(): Answer}), Limits(), Register(), loop)
     connection.connection_made(Wire())
     connection.data_received(PREFACE + frame(4, 0, 0) + frame(4, 1, 0) + frame(8, 0, 0, (1 << 30).to_bytes(4, "big")))
     return connection, lambda: connection.data_received(frame(8, 0, 0, (1 << 20).to_bytes(4, "big")))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from extproc.transport.connection import Connection
 from extproc.transport.core import GrpcError
 from extproc.transport.frames import PREFACE, frame
-from extproc.transport.link import Limits
+from extproc.transport.link import Limits, Register
 from extproc.transport.routing import Router
 from tests.transport.test_h2_wire import OPENING, PATH, message
 
@@ -27,6 +27,9 @@ class Wire:
 
     def get_extra_info(self, name):
         return None
+
+    def is_closing(self):
+        return self.closed
 
     def write(self, data):
         assert not self.closed, "written to after its end"
@@ -191,7 +194,7 @@ async def play(actions, cuts, acknowledged):
     loop.set_exception_handler(lambda _loop, context: failures.append(context))
     calls = []
     wire = Wire()
-    connection = Connection(Router({"/t/Call": lambda stream: Call(calls, stream)}), LIMITS, set(), loop)
+    connection = Connection(Router({"/t/Call": lambda stream: Call(calls, stream)}), LIMITS, Register(), loop)
     wire.protocol = connection
     connection.connection_made(wire)
     peer = Peer()
