@@ -77,19 +77,19 @@ def link(fragments: Mapping[Ident, Fragment], previous: Policy = EMPTY) -> Linke
         match made:
             case TokenFragment():
                 if made.secret is None:
-                    tokens[made.ident[1:]] = made.record
+                    tokens[made.ident.key] = made.record
                 else:
                     held.append(made)
                 if made.remarks:
                     notes += (Remark(made.ident, path, text) for path, text in made.remarks)
             case QuotaFragment():
-                quotas[made.ident[1:]] = made.record
+                quotas[made.ident.key] = made.record
                 notes += (Remark(made.ident, path, text) for path, text in made.remarks)
             case EndpointFragment():
                 if made.refs:
                     routed.append(made)
                 else:
-                    endpoints[made.ident[1:]] = made.record
+                    endpoints[made.ident.key] = made.record
             case SliceFragment():
                 slices[made.service].append(made)
             case _:
@@ -97,10 +97,10 @@ def link(fragments: Mapping[Ident, Fragment], previous: Policy = EMPTY) -> Linke
     for holder in held:
         token = _unsealed(holder, fragments, problems)
         if token is not None:
-            tokens[holder.ident[1:]] = token
+            tokens[holder.ident.key] = token
     for target in routed:
         record = _routed(target, fragments, slices, notes)
-        endpoints[target.ident[1:]] = record
+        endpoints[target.ident.key] = record
     policy = Policy(
         tokens=_reused(tokens, previous.tokens),
         quotas=_reused(quotas, previous.quotas),

@@ -1,13 +1,14 @@
 """What one resource says by itself, compiled: the first half of the way from resources to policy.
 
 A fragment depends on its resource's text alone, so it can be kept as long as that stays the same. Secret values live
-here only as their SHA-256.
+here only as their SHA-256. Fragments are kept by the ten thousand and hold no cycles: no collector visits them.
 """
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
+
+import msgspec
 
 from apis.policy import Endpoint, Grant, Key, Quota, QuotaLimit, RateLimit, Token
 from apis.resources.endpoint import ArksEndpoint
@@ -16,16 +17,19 @@ from apis.resources.quota import ArksQuota
 from apis.resources.token import ArksToken, TokenQos
 
 
-class Ident(NamedTuple):
+class Ident(msgspec.Struct, frozen=True, gc=False):
     """Which object: two fragments with one Ident contradict each other."""
 
     kind: str
     namespace: str
     name: str
 
+    @property
+    def key(self) -> Key:
+        return (self.namespace, self.name)
 
-@dataclass(frozen=True, slots=True)
-class TokenFragment:
+
+class TokenFragment(msgspec.Struct, frozen=True, gc=False):
     ident: Ident
     record: Token
     """its digest is empty where `secret` names where to find it"""
@@ -34,8 +38,7 @@ class TokenFragment:
     remarks: tuple[tuple[str, str], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class QuotaFragment:
+class QuotaFragment(msgspec.Struct, frozen=True, gc=False):
     ident: Ident
     record: Quota
     remarks: tuple[tuple[str, str], ...] = ()
@@ -50,37 +53,32 @@ class RouteRef(NamedTuple):
     weight: int
 
 
-@dataclass(frozen=True, slots=True)
-class EndpointFragment:
+class EndpointFragment(msgspec.Struct, frozen=True, gc=False):
     ident: Ident
     record: Endpoint
     refs: tuple[RouteRef, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class SecretFragment:
+class SecretFragment(msgspec.Struct, frozen=True, gc=False):
     ident: Ident
     digests: Mapping[str, bytes]
     """by key, as a client would send the value: without the line end that `echo` leaves in so many Secrets"""
 
 
-@dataclass(frozen=True, slots=True)
-class BackendFragment:
+class BackendFragment(msgspec.Struct, frozen=True, gc=False):
     ident: Ident
     addresses: tuple[str, ...]
     hosts: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class ServiceFragment:
+class ServiceFragment(msgspec.Struct, frozen=True, gc=False):
     ident: Ident
     ports: Mapping[int, str]
     """port number to port name, by which slices know it"""
     external_name: str
 
 
-@dataclass(frozen=True, slots=True)
-class SliceFragment:
+class SliceFragment(msgspec.Struct, frozen=True, gc=False):
     ident: Ident
     service: Key
     ready: tuple[str, ...]

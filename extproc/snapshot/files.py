@@ -7,7 +7,6 @@ loop beside it gets the interpreter within a millisecond or so.
 
 import os
 import stat
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -19,6 +18,7 @@ import msgspec
 from apis.compile import link
 from apis.fragments import Fragment, Ident
 from apis.policy import EMPTY, Policy
+from extproc.snapshot.breath import Breath, let_go
 from extproc.snapshot.errors import Note, PolicyError, PolicyErrors
 from extproc.snapshot.reader import Fault, Piece, read
 from extproc.snapshot.yamltree import MAX_DOCUMENT_BYTES
@@ -71,7 +71,7 @@ class Folder:
         self._files: dict[str, tuple[_Stamp, tuple[_Cut, ...]]] = {}
         self._pieces: dict[bytes, Piece] = {}
         self._policy = EMPTY
-        self._breath = time.perf_counter()
+        self._breath = Breath()
 
     def signature(self) -> Signature | None:
         """None: there is no such folder (now)."""
@@ -88,7 +88,6 @@ class Folder:
         Raises:
             PolicyErrors: with every fault of every file. The next call starts from the same last good policy.
         """
-        self._breath = time.perf_counter()
         try:
             names = self._names()
         except OSError as error:
@@ -113,8 +112,10 @@ class Folder:
                 pieces[cut.digest] = cut.piece
         # Also after a fault: files that were fine need no second look; files that could not be read are tried again.
         failed = {error.file for error in errors}
+        retired = list(self._pieces.values())
         self._files = {name: entry for name, entry in files.items() if name not in failed}
         self._pieces = pieces
+        let_go(retired)
         return self._join(files, errors)
 
     def _names(self) -> list[str]:
@@ -148,7 +149,7 @@ class Folder:
                     piece = pieces.get(digest) or self._pieces.get(digest)
                     if piece is None:
                         piece = read(text)
-                        self._breathe()
+                        self._breath()
                     pieces[digest] = piece
                     yield _Cut(line, digest, piece)
         except OSError as error:
@@ -181,7 +182,7 @@ class Folder:
                 held.append(line)
             number += 1
             if not number % 512:
-                self._breathe()
+                self._breath()
         if too_long:
             yield start, None
         elif held:
@@ -206,9 +207,9 @@ class Folder:
                     errors += (_placed(name, offset, fault) for fault in piece.faults)
                 if piece.remarks:
                     notes += (Note(name, offset + one.line + 1, one.path, one.text) for one in piece.remarks)
-            self._breathe()
+            self._breath()
         linked = link(fragments, self._policy)
-        self._breathe()
+        self._breath()
         for problem in linked.problems:
             place = places[problem.ident]
             errors.append(PolicyError(place.file, place.of(problem.path), problem.path, problem.text, problem.fix))
@@ -221,13 +222,6 @@ class Folder:
             notes.append(Note(str(self.path), 0, "", "holds no policy: every request will be refused"))
         self._policy = linked.policy
         return Loaded(linked.policy, tuple(sorted(notes)))
-
-    def _breathe(self) -> None:
-        """Let the event loop have the interpreter: it would otherwise wait for the switch interval (5 ms) each time."""
-        now = time.perf_counter()
-        if now - self._breath > 0.001:
-            time.sleep(0.000_05)
-            self._breath = time.perf_counter()
 
 
 def load_folder(path: Path | str) -> Loaded:

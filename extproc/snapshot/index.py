@@ -17,6 +17,7 @@ import msgspec
 from apis.policy import EMPTY, Endpoint, Key, Policy, Quota, Token
 from apis.policy import Grant as GrantPolicy
 from extproc.limits.model import Rule, Unit
+from extproc.snapshot.breath import let_go
 
 _RATES: Final[Mapping[str, tuple[Unit, int]]] = {
     "rpm": ("requests", 60),
@@ -118,7 +119,11 @@ class LiveIndex:
 
     async def apply(self, policy: Policy) -> Index:
         async with self._one:
-            self.current = await asyncio.to_thread(Index.update, self.current, policy)
+            old = self.current
+            self.current = await asyncio.to_thread(Index.update, old, policy)
+            retired: list[Found] = list(old.principals.values())
+            del old
+            await asyncio.to_thread(let_go, retired)
             return self.current
 
 
