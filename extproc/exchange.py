@@ -40,7 +40,10 @@ _CONTENT_LENGTH: Final = HeaderName("content-length")
 _CONTENT_TYPE: Final = HeaderName("content-type")
 _CONTENT_ENCODING: Final = HeaderName("content-encoding")
 _UPSTREAM: Final = Attribute("upstream.address")
-_RESPONSE_CODE: Final = Attribute("response.code")
+_DETAILS: Final = Attribute("response.code_details")
+_BY_ENGINE: Final = b"\x1a\x0cvia_upstream"
+"""the details of an answer that an engine gave; every other says why Envoy answered itself. `upstream.address` does not
+tell: it also names an engine that was lost before it answered"""
 
 INVALID_ARGUMENT: Final = 3
 CLIENT_CLOSED_REQUEST: Final = 499
@@ -209,12 +212,13 @@ class Exchange:
         self._status = int(status) if status.isdigit() else 0
         admitted = self._admitted
         served = _UPSTREAM.text(message, *attributes)
-        if served is None and _RESPONSE_CODE.find(message, *attributes) is not None:
+        if admitted is not None and served is not None and served != self._engine:
+            self._moved_to(served)
+        details = _DETAILS.find(message, *attributes)
+        if details is not None and details != _BY_ENGINE:
             return self._answered_by_envoy()
         if admitted is None:
             return messages.CONTINUE_RESPONSE_HEADERS
-        if served is not None and served != self._engine:
-            self._moved_to(served)
         if no_body:
             self._settle_complete()
         elif self._status < 300:
