@@ -54,7 +54,7 @@ def reply(request: pb.ProcessingRequest, seen: dict[str, str]) -> pb.ProcessingR
         answer.dynamic_metadata.update({"envoy.lb": {PIN: pin}})
     # What came in, for tests of what the edge removes; the engine records it.
     add(common, "x-test-saw", ",".join(sorted(seen)))
-    answer.dynamic_metadata.update({"arks": {"token": "alice", "namespace": "default", "reason": "ok"}})
+    answer.dynamic_metadata.update({"arks": {"token": "alice", "namespace": "default", "decision": "ok"}})
     return answer
 
 

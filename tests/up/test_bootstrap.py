@@ -320,7 +320,7 @@ async def test_the_access_log_tells_the_decision_and_no_secret(gateway, client, 
         await answer.read()
     told = lambda: [line for line in gateway.stderr.splitlines() if "log-me" in line]  # noqa: E731
     entry = json.loads((await asyncio.to_thread(eventually, told))[0])
-    assert (entry["token"], entry["namespace"], entry["reason"]) == ("alice", "default", "ok")
+    assert (entry["token"], entry["namespace"], entry["decision"]) == ("alice", "default", "ok")
     assert (entry["status"], entry["path"]) == (200, "/v1/x")
     assert entry["engine"] in {engine.address for engine in engines}
     assert "sk-in-the-query" not in gateway.stderr
