@@ -2,7 +2,6 @@
 
 import json
 
-import aiohttp
 import pytest
 
 from tests.harness.gateway import Gateway, endpoint, policy, running_engine, running_gateway, token
@@ -21,12 +20,6 @@ def engine():
 def gateway(request, engine, tmp_path_factory):
     folder = tmp_path_factory.mktemp("gateway")
     with running_gateway(folder, POLICY, [engine], "--transport", request.param) as one:
-        yield one
-
-
-@pytest.fixture
-async def session():
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30)) as one:
         yield one
 
 

@@ -1,14 +1,19 @@
 """The product as a user runs it: `arks up` with real Envoy, and simulated engines in processes of their own.
 
 `running_gateway` and `running_engine` start one and stop it; all listens on free ports and keeps its state in the test's
-test's own folder. Envoy's counters (`envoy_stats`) are the oracle for what ext_proc really exchanged.
+own folder. Envoy's counters are the oracle for what ext_proc really exchanged: `running_gateway` ends with a look at
+those that count a misuse of the protocol (`EXT_PROC_FAULTS`).
 """
 
 import asyncio
+import base64
 import contextlib
+import http.client
+import io
 import json
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -19,6 +24,20 @@ from typing import Any
 
 import aiohttp
 import yaml
+
+from arks import usage
+
+EXT_PROC_FAULTS = (
+    "spurious_msgs_received",
+    "rejected_header_mutations",
+    "message_timeouts",
+    "failure_mode_allowed",
+    "streams_failed",
+    "immediate_responses_ignored",
+    "invalid_content_length",
+    "http_not_ok_resp_received",
+)
+"""Envoy's counters of what extproc did wrong, or of its absence. All zero unless the test made it so."""
 
 
 @dataclass
@@ -38,6 +57,14 @@ class Engine:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
+
+    async def recorded(self, session: aiohttp.ClientSession) -> list[dict[str, Any]]:
+        """The requests that arrived since the last call, oldest first; `body` as bytes. Needs --record."""
+        async with session.get(f"{self.url}/sim/requests") as answer:
+            found = await answer.json()
+        async with session.delete(f"{self.url}/sim/requests"):
+            pass
+        return [{**one, "body": base64.b64decode(one["body_base64"]), "headers": dict(one["headers"])} for one in found]
 
     async def faults(self, session: aiohttp.ClientSession, **faults: Any) -> None:
         """Set faults at run time; none clears them."""
@@ -62,7 +89,8 @@ class Gateway:
     stderr: Path
     envoy_pid: int = 0
     extproc_pid: int = 0
-    _stats: dict[str, int] = field(default_factory=dict)
+    tolerated: set[str] = field(default_factory=set)
+    """EXT_PROC_FAULTS that a test causes on purpose"""
 
     def find_children(self) -> None:
         for task in Path(f"/proc/{self.process.pid}/task").iterdir():
@@ -73,23 +101,58 @@ class Gateway:
                 elif b"envoy.json" in command:
                     self.envoy_pid = int(child)
 
-    def usage(self) -> list[dict[str, Any]]:
+    def usage(self, limit: int = 100_000) -> list[dict[str, Any]]:
         """The ledger's rows in the order of admission, as `arks usage --json` prints them."""
-        command = [sys.executable, "-m", "arks", "usage", "--state", str(self.state), "--json"]
-        out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        return [json.loads(line) for line in out.splitlines()]
+        out = io.StringIO()
+        usage.run(usage.UsageSettings(self.state, True, None, None, None, None, limit), out)  # noqa: FBT003
+        return [json.loads(line) for line in out.getvalue().splitlines()]
 
-    async def rows(self, count: int, timeout_s: float = 5.0) -> list[dict[str, Any]]:
+    async def rows(self, count: int, timeout_s: float = 10.0) -> list[dict[str, Any]]:
         """The rows once there are at least `count`: the journal writes within 100 ms, a disconnect takes a moment."""
         async with asyncio.timeout(timeout_s):
-            while True:
-                if self._count() >= count:
-                    return self.usage()
-                await asyncio.sleep(0.05)
+            while self.count() < count:
+                await asyncio.sleep(0.03)
+        return self.usage()
 
-    def _count(self) -> int:
+    async def rows_of(self, request_id: str, count: int = 1, timeout_s: float = 10.0) -> list[dict[str, Any]]:
+        """The rows of one request, by attempt, once there are `count`."""
+        async with asyncio.timeout(timeout_s):
+            while self.count(request_id) < count:
+                await asyncio.sleep(0.03)
+        found = [row for row in self.usage() if row["request_id"] == request_id]
+        assert len(found) == count, found
+        return sorted(found, key=lambda row: int(row["attempt"]))
+
+    async def row_of(self, request_id: str, timeout_s: float = 10.0) -> dict[str, Any]:
+        return (await self.rows_of(request_id, 1, timeout_s))[0]
+
+    def count(self, request_id: str | None = None) -> int:
+        """Rows in the ledger's file now."""
+        where = "" if request_id is None else " WHERE request_id = ?"
         with contextlib.closing(sqlite3.connect(f"file:{self.state / 'arks.db'}?mode=ro", uri=True)) as db:
-            return int(db.execute("SELECT count(*) FROM usage").fetchone()[0])
+            found = db.execute("SELECT count(*) FROM usage" + where, () if request_id is None else (request_id,))
+            return int(found.fetchone()[0])
+
+    def ext_proc_faults(self) -> dict[str, int]:
+        """EXT_PROC_FAULTS that are not zero."""
+        stats = self.stats("ext_proc")
+        return {
+            name: value for name, value in stats.items() if value and name.rpartition(".")[2] in EXT_PROC_FAULTS
+        }
+
+    def stats(self, pattern: str) -> dict[str, int]:
+        """Envoy's own counters whose names match the expression."""
+        address = (self.state / "envoy-admin").read_text().strip().removeprefix("unix:")
+        connection = http.client.HTTPConnection("envoy", timeout=10)
+        with contextlib.closing(socket.socket(socket.AF_UNIX)) as connection.sock:
+            connection.sock.connect(address)
+            connection.request("GET", f"/stats?format=json&filter={pattern}")
+            stats = json.loads(connection.getresponse().read())["stats"]
+        return {one["name"]: one["value"] for one in stats if "name" in one}
+
+    @property
+    def access_log(self) -> Path:
+        return self.stderr.with_name("access.log")
 
     async def metrics(self, session: aiohttp.ClientSession) -> str:
         async with session.get(f"{self.admin}/metrics") as answer:
@@ -98,17 +161,6 @@ class Gateway:
     async def ready(self, session: aiohttp.ClientSession) -> dict[str, Any]:
         async with session.get(f"{self.admin}/readyz") as answer:
             return {"status": answer.status, **await answer.json()}
-
-    async def envoy_stats(self, pattern: str) -> dict[str, int]:
-        """Envoy's own counters whose names match the expression."""
-        address = (self.state / "envoy-admin").read_text().strip().removeprefix("unix:")
-        connector = aiohttp.UnixConnector(address)
-        async with (
-            aiohttp.ClientSession(connector=connector) as session,
-            session.get("http://envoy/stats", params={"filter": pattern, "format": "json"}) as answer,
-        ):
-            stats = (await answer.json(content_type=None))["stats"]
-            return {one["name"]: one["value"] for one in stats if "name" in one}
 
     def log(self) -> str:
         return self.stderr.read_text()
@@ -230,6 +282,9 @@ def running_gateway(folder: Path, text: str | None, engines: Sequence[Engine | s
         gateway = Gateway(ready["gateway"], ready["admin"], state, policies, process, stderr)
         gateway.find_children()
         yield gateway
+        if process.poll() is None:
+            faults = gateway.ext_proc_faults()
+            assert {name.rpartition(".")[2] for name in faults} <= gateway.tolerated, faults
     finally:
         process.send_signal(signal.SIGTERM)
         try:
