@@ -8,12 +8,15 @@ while rows keep coming; when the log has grown large, a restarting one follows, 
 import contextlib
 import sqlite3
 import threading
+import time
 from pathlib import Path
 
 from extproc.journal import file
 
-REST_S = 2.0
-"""between checkpoints"""
+LOOK_S = 1.0
+DUE_ROWS = 50_000
+DUE_S = 30.0
+"""the first write after a checkpoint waits for the disk, too: so there are few of them"""
 LARGE_PAGES = 16_384
 """64 MiB"""
 
@@ -22,8 +25,8 @@ class Checkpointer:
     """Owner of one thread and one connection. Failures are the writer's to notice: it fills the same disk."""
 
     def __init__(self, path: Path) -> None:
-        self.due = False
-        """set by the writer after each transaction"""
+        self.rows = 0
+        """written since the last checkpoint; the writer counts them up"""
         self._path = path
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="journal-checkpoint", daemon=True)
@@ -36,11 +39,13 @@ class Checkpointer:
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
-        while not self._stopping.wait(REST_S):
-            if self.due:
-                self.due = False
+        last = time.monotonic()
+        while not self._stopping.wait(LOOK_S):
+            if self.rows >= DUE_ROWS or (self.rows and time.monotonic() - last >= DUE_S):
+                self.rows = 0
                 with contextlib.suppress(sqlite3.Error):
                     self._checkpoint()
+                last = time.monotonic()
 
     def _checkpoint(self) -> None:
         with contextlib.closing(file.connect(self._path)) as db:

@@ -32,6 +32,8 @@ CHUNK_ROWS = 1024
 """times the widest table's 19 columns stays below SQLite's 32 766 variables"""
 BATCH_ROWS = 16_384
 """in one transaction from one source: a backlog is worked off in pieces that each take well below a second"""
+STALL_S = 5.0
+"""one transaction may take as long on a disk that is busy with others"""
 SWITCH_INTERVAL_S = 50e-6
 """A thread that waits for the interpreter lock only insists on it after a whole interval in which nobody let it go. A
 busy uvloop lets it go, and takes it back at once, several times in the default of 5 ms: this thread then waits for
@@ -111,7 +113,7 @@ class Journal:
     def check(self) -> None:
         """Notice a writer that hangs, and hold the bound while it does. Once a second, from the loop."""
         began = self._flush_began
-        if began is not None and time.monotonic() - began > max(1.0, self.settings.grace_s):
+        if began is not None and time.monotonic() - began > max(STALL_S, self.settings.grace_s):
             self._failed("stalled", began)
         self._hold_bound()
 
@@ -213,8 +215,9 @@ class Journal:
         for statement, rows in writes:
             self._write(statement, rows)
         self._db.execute("COMMIT")
-        self._checkpointer.due = True
-        self._written += sum(len(rows) for _, rows in writes)
+        count = sum(len(rows) for _, rows in writes)
+        self._written += count
+        self._checkpointer.rows += count
 
     def _write(self, statement: Statement, rows: list[Row]) -> None:
         for start in range(0, len(rows), CHUNK_ROWS):

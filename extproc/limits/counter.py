@@ -51,6 +51,8 @@ class Counter:
                 return start_s, used
 
 
+Asked: TypeAlias = tuple[int, int, int, int, int]
+"""what a request takes, by position of the unit"""
 Check: TypeAlias = tuple[Counter, int, int]
 """(counter, limit, unit). A plain tuple: the interpreter unpacks those several times faster than named ones."""
 

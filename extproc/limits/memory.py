@@ -13,8 +13,6 @@ Pass the same tuple object of rules for the same grant: it is compiled once, and
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import msgspec
 import structlog
@@ -22,9 +20,11 @@ import structlog
 from extproc.journal.writer import Journal
 from extproc.ledger.model import Ledger
 from extproc.limits.context import expired_record
-from extproc.limits.counter import CONCURRENT, NEVER, UNITS, Check, Counter, Plan
+from extproc.limits.counter import CONCURRENT, NEVER, UNITS, Asked, Counter, Plan
 from extproc.limits.model import Amounts, Lease, Refusal, Rule, Standing, StoreUnavailable
+from extproc.limits.refusal import refusal
 from extproc.limits.saved import Holds, SavedLimits
+from extproc.limits.views import CounterView, StoreStats
 
 MAX_AMOUNT = (1 << 53) - 1
 MAX_PLANS = 16_384
@@ -34,32 +34,11 @@ DROP_AT_ONCE = 2_000
 TICK_S = 1.0
 CLEAN_S = 60.0
 CLOCK_SLACK_S = 60.0
-CONCURRENT_RETRY_S = 1.0
 _new = tuple.__new__
 """half the cost of a named tuple's own constructor"""
 _NOTHING = Amounts(0, 0, 0)
 _ANY = 1 << 64
 """more than is ever left of a limit"""
-
-
-class CounterView(NamedTuple):
-    key: str
-    window_s: int
-    start_s: int
-    used: int
-    """charged"""
-    reserved: int
-    """held by open leases"""
-
-
-@dataclass(slots=True)
-class StoreStats:
-    expired: int = 0
-    """leases that nobody settled in time"""
-    corrected: int = 0
-    """of these, settled or released later"""
-    overspent: int = 0
-    """settles above the reservation"""
 
 
 class MemoryStore:
@@ -84,6 +63,7 @@ class MemoryStore:
         self._tick_at_s = self._now_s
         self._clean_at_s = self._now_s + CLEAN_S
         self._cleaning: list[Counter] = []
+        self._waste: list[dict[int, Plan]] = []
         self._log = structlog.get_logger("limits")
         self._saved = SavedLimits(self._counters)
         if journal is not None:
@@ -275,6 +255,12 @@ class MemoryStore:
 
         A quota stays, also at 0: a lease that reserved nothing of it may still be settled with more.
         """
+        for _ in range(DROP_AT_ONCE):
+            while self._waste and not self._waste[-1]:
+                self._waste.pop()
+            if not self._waste:
+                break
+            self._waste[-1].popitem()
         if not self._cleaning:
             if now < self._clean_at_s:
                 return
@@ -288,7 +274,7 @@ class MemoryStore:
                 dropped = True
         del self._cleaning[-DROP_AT_ONCE:]
         if dropped:
-            self._plans.clear()
+            self._forget_plans()
 
     # -- for metrics and an admin
 
@@ -304,7 +290,9 @@ class MemoryStore:
     def reserved(self, key: str) -> int:
         """Held by open leases in the current window."""
         counter = self._counters.get(key)
-        return 0 if counter is None or max(self._clock(), self._now_s) >= counter.end_s else counter.taken - counter.used
+        return (
+            0 if counter is None or max(self._clock(), self._now_s) >= counter.end_s else counter.taken - counter.used
+        )
 
     def counters(self) -> Iterator[CounterView]:
         """A snapshot: every counter whose window has not ended."""
@@ -329,35 +317,13 @@ class MemoryStore:
 
     # -- seldom
 
-    def _refuse(self, plan: Plan, asked: tuple[int, ...], stopped_at: Counter, now: float) -> Refusal:
-        """Put back what was taken up to the counter that did not fit; then name the first rule, in the caller's order,
-        that does not.
-        """
+    def _refuse(self, plan: Plan, asked: Asked, stopped_at: Counter, now: float) -> Refusal:
+        """Put back what was taken, up to the counter that did not fit, and say why."""
         for counter, unit in plan.holds:
             counter.taken -= asked[unit]
             if counter is stopped_at:
                 break
-        refusing: Rule | None = None
-        retry_after_s: float | None = None
-        used = takes = 0
-        for rule, (counter, _, unit) in zip(plan.rules, plan.checks, strict=True):
-            if now >= counter.end_s:
-                counter.roll(now)
-            if refusing is None and asked[unit] and counter.taken + asked[unit] > rule.limit:
-                refusing, used, takes = rule, counter.taken, asked[unit]
-                if unit == CONCURRENT:
-                    retry_after_s = CONCURRENT_RETRY_S
-                elif rule.window_s:
-                    retry_after_s = counter.end_s - now
-        assert refusing is not None
-        return Refusal(
-            rule=refusing,
-            used=used,
-            asked=takes,
-            retry_after_s=retry_after_s,
-            requests=_tightest(plan.requests, now),
-            tokens=_tightest(plan.tokens, now),
-        )
+        return refusal(plan, asked, now)
 
     def _compile(self, rules: tuple[Rule, ...], now: float) -> Plan:
         checks = []
@@ -367,7 +333,7 @@ class MemoryStore:
             counter.concurrent = rule.unit == "concurrent"
             checks.append((counter, rule.limit, UNITS[rule.unit]))
         if len(self._plans) >= MAX_PLANS:
-            self._plans.clear()
+            self._forget_plans()
         plan = self._plans[id(rules)] = Plan(rules, checks)
         return plan
 
@@ -377,7 +343,7 @@ class MemoryStore:
             return counter
         if counter is not None:
             # Plans that know the key with its former window would go on with the old counter.
-            self._plans.clear()
+            self._forget_plans()
         counter = self._counters[key] = Counter(key, window_s, self._now_s)
         return counter
 
@@ -397,11 +363,16 @@ class MemoryStore:
         for counter in list(self._counters.values()):
             if counter.start_s > now:
                 del self._counters[counter.key]
-        self._plans.clear()
+        self._forget_plans()
         self._cleaning.clear()
         self._tick_at_s = now
         self._clean_at_s = now + CLEAN_S
         return now
+
+    def _forget_plans(self) -> None:
+        """Freeing many thousand of them takes milliseconds, so `_clean` does it bit by bit."""
+        self._waste.append(self._plans)
+        self._plans = {}
 
     def _saved_closed(self, lease_id: str) -> None:
         if self._journal is not None:
@@ -413,10 +384,3 @@ class MemoryStore:
                 plan.changed = True
                 self._saved.changed.append(plan)
             self._journal.wake()
-
-
-def _tightest(checks: tuple[Check, ...], now: float) -> Standing | None:
-    if not checks:
-        return None
-    counter, limit, _ = min(checks, key=lambda check: check[1] - check[0].taken)
-    return Standing(limit, max(limit - counter.taken, 0), counter.end_s - now if counter.window_s else 0.0)

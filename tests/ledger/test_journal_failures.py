@@ -145,7 +145,10 @@ def test_backlog_over_the_bound_refuses_before_memory_grows(tmp_path: Path):
 
 def test_writer_that_hangs_in_the_disk_is_noticed_from_the_loop(tmp_path: Path):
     journal = Journal(tmp_path, JournalSettings(grace_s=0.0))
-    journal._flush_began = time.monotonic() - 1.5
+    journal._flush_began = time.monotonic() - 4
+    journal.check()
+    assert not journal.refusing
+    journal._flush_began = time.monotonic() - 6
     journal.check()
     assert journal.refusing
     assert journal.status.reason == "stalled"

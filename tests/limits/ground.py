@@ -48,9 +48,9 @@ def refused(outcome: Lease | Refusal) -> Refusal:
     return outcome
 
 
-def record(id: str = "r1", **changes: object) -> UsageRecord:
+def record(name: str = "r1", **changes: object) -> UsageRecord:
     fields: dict[str, object] = {
-        "id": id, "attempt": 1, "request_id": f"x-{id}", "time_ms": NOON * 1000, "token": "example-token",
+        "id": name, "attempt": 1, "request_id": f"x-{name}", "time_ms": NOON * 1000, "token": "example-token",
         "namespace": "default", "model": "qwen-7b", "endpoint": "qwen-7b", "engine": "10.0.0.1:8000", "status": 200,
         "prompt_tokens": 12, "completion_tokens": 34, "cached_tokens": 5, "reasoning_tokens": 6, "accuracy": "exact",
         "stream": True, "duration_ms": 789, "ttft_ms": 56, "error": "",
