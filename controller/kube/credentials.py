@@ -100,7 +100,9 @@ class Credentials:
         except TimeoutError as error:
             raise CredentialsError(f"credentials did not come within {LOAD_TIMEOUT_S:.0f} s") from error
         except Exception as error:
-            raise CredentialsError(f"credentials cannot be read: {error}") from error
+            # The package's own errors name a key or a file; a parser's may quote what it parsed.
+            said = str(error) if type(error).__name__ == "ConfigException" else type(error).__name__
+            raise CredentialsError(f"credentials cannot be read: {said}") from error
         finally:
             self._loaded_at = self._clock()  # also after a failure: the next try comes in its time
         # The same object stays while it says the same: `renew` tells by identity whether there is anything new.
@@ -176,7 +178,8 @@ class _Kubeconfig:
         loader.load_and_set(loaded)
         found = vars(loaded)
         plugin = self._has_plugin(loader, merged.config)
-        if plugin and not (loaded.api_key or found.get("cert_file")):
+        token = str(loaded.api_key.get("BearerToken", "")).removeprefix("Bearer").strip()
+        if plugin and not (token or found.get("cert_file")):
             raise CredentialsError("the kubeconfig's credential plugin gave neither a token nor a certificate")
         if not found.get("host"):
             raise CredentialsError("the kubeconfig names no server")

@@ -12,7 +12,7 @@ watch goes on from there, with bookmarks. What breaks is taken up again from the
   stays away for `absent_after_s`.
 
 The store lags behind the truth by a watch's delay, and during an outage by its length: `age_s` tells how long the
-server has not been heard.
+server has not been heard, `outage_s` how long it has not let us follow.
 """
 
 from __future__ import annotations
@@ -133,14 +133,20 @@ class Reflector(Generic[T]):
         self._inactivity_s, self._backoff_max_s, self._absent_after_s = inactivity_s, backoff_max_s, absent_after_s
         self._clock = clock
         self._heard_at = clock()
+        self._failing_since: float | None = None
         self._version = ""  # empty: list first
         self._absent_since: float | None = None
         self._log = _log.bind(resource=str(resource))
 
     @property
     def age_s(self) -> float:
-        """Seconds since the last byte from the server: above 180 the program should count as dead."""
+        """Seconds since the server was last heard: above 180 the program should count as dead."""
         return self._clock() - self._heard_at
+
+    @property
+    def outage_s(self) -> float:
+        """Seconds for which the store has not been kept up to date, 0 while the watch is well (or not yet begun)."""
+        return 0.0 if self._failing_since is None else self._clock() - self._failing_since
 
     async def run(self) -> None:
         """List and watch for ever."""
@@ -176,6 +182,9 @@ class Reflector(Generic[T]):
                 self.stats.errors += 1
                 failures = 1 if self._clock() - began > HEALTHY_S and self.last_error is None else failures + 1
                 self.last_error = error
+                self._failing_since = self._failing_since or self._clock()
+                if isinstance(error, ApiError):
+                    self._heard()  # a refusal is a sign of life
                 self._note_absence(error)
                 wait_s = max(error.retry_after_s, self._pause(failures))
                 self._log.warning(
@@ -200,7 +209,7 @@ class Reflector(Generic[T]):
         if self.last_error is not None:
             self._log.info("watch healed", after=str(self.last_error))
             self.last_error = None
-        self._absent_since = None
+        self._absent_since = self._failing_since = None
 
     # -- getting everything -------------------------------------------------------------------------------------------
 
@@ -232,7 +241,6 @@ class Reflector(Generic[T]):
         if not isinstance(error, NotFoundError):
             self._absent_since = None
             return
-        self._heard()  # the server did answer
         self._version = ""
         self._absent_since = self._absent_since or self._clock()
         if not self.store or self._clock() - self._absent_since >= self._absent_after_s:

@@ -151,10 +151,13 @@ async def test_rights_taken_away_and_given_back(fragile: KubeApi, namespace: str
             await until(lambda: isinstance(reflector.last_error, ForbiddenError))
             fragile.apply(pear("meanwhile", size=1), namespace=namespace)
             await until(lambda: reflector.stats.errors >= 3)
+            assert reflector.outage_s > 0.1
+            assert reflector.age_s < 2.0
             assert Key(namespace, "before") in reflector.store
             fragile.apply(binding)
             await until(lambda: changes.of("meanwhile"))
             assert reflector.last_error is None
+            assert reflector.outage_s == 0.0
             assert changes.of("before") == ["added"]
 
 
