@@ -10,46 +10,10 @@ from extproc.transport.core import GrpcError
 from extproc.transport.frames import PREFACE, frame
 from extproc.transport.link import Limits, Register
 from extproc.transport.routing import Router
+from tests.transport.memory_wire import Wire
 from tests.transport.test_h2_wire import OPENING, PATH, message
 
 LIMITS = Limits(max_message_bytes=2000, max_held_messages=3, max_concurrent_streams=4)
-
-
-class Wire:
-    """A transport in memory that may fill up."""
-
-    def __init__(self):
-        self.protocol = None
-        self.written = b""
-        self.closed = False
-        self.reading = True
-        self.room = True
-
-    def get_extra_info(self, name):
-        return None
-
-    def is_closing(self):
-        return self.closed
-
-    def write(self, data):
-        assert not self.closed, "written to after its end"
-        self.written += data
-        if not self.room:
-            self.protocol.pause_writing()
-
-    def get_write_buffer_size(self):
-        return 0
-
-    def pause_reading(self):
-        self.reading = False
-
-    def resume_reading(self):
-        self.reading = True
-
-    def close(self):
-        self.closed = True
-
-    abort = close
 
 
 class Call:
