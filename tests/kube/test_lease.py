@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,12 +34,13 @@ Span = tuple[float, float]
 class Candidate:
     """A candidate in a process of its own."""
 
-    def __init__(self, kubeconfig: Path, namespace: str, identity: str, folder: Path, objects: int = 5) -> None:
+    def __init__(self, api: KubeApi, namespace: str, identity: str, folder: Path, port: int = 0) -> None:
         self.identity, self.notes = identity, folder / identity
         self.notes.touch()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.kube.candidate", kubeconfig, namespace, identity, self.notes, str(objects)]
-        )
+        (folder / "token").write_text(api.token())
+        shutil.copy(api.ca_file, folder / "ca.crt")
+        arguments = [str(folder), str(port or api.port), namespace, identity, str(self.notes), "5"]
+        self.process = subprocess.Popen([sys.executable, "-m", "tests.kube.candidate", *arguments])
 
     def lines(self) -> list[str]:
         return self.notes.read_text().splitlines(keepends=True)
@@ -64,13 +66,11 @@ class Candidate:
 @pytest.fixture
 def two(kube_api: KubeApi, kube_namespace: str, tmp_path: Path) -> Iterator[list[Candidate]]:
     """The first leads already, the second stands by."""
-    config = kube_api.kubeconfig()
-    both = [Candidate(config, kube_namespace, "one", tmp_path)]
+    both = [Candidate(kube_api, kube_namespace, identity, tmp_path) for identity in ("one", "two")]
     try:
-        wait(both[0].writes)
-        both.append(Candidate(config, kube_namespace, "two", tmp_path))
-        wait(both[1].lines)
-        time.sleep(0.5)
+        wait(lambda: both[0].lines() and both[1].lines())
+        wait(lambda: both[0].writes() or both[1].writes())
+        both.sort(key=lambda each: not each.writes())
         assert not both[1].spans()
         yield both
     finally:
@@ -124,7 +124,7 @@ async def test_a_leader_killed_in_the_midst_of_its_writes_is_succeeded_and_the_s
     assert wait(second.writes) < LEASE_S + 3
     wait(lambda: len(second.spans()) >= 10)
     made = {each["metadata"]["name"]: each["data"]["by"] for each in kube_api.list("v1", "ConfigMap", kube_namespace)}
-    assert made == {f"c{n}": "two" for n in range(5)}
+    assert made == {f"c{n}": second.identity for n in range(5)}
     assert_never_both(one.spans(), second.spans())
 
 
@@ -132,12 +132,12 @@ async def test_a_half_open_connection_costs_the_leadership_not_the_truth(
     kube_api: KubeApi, kube_namespace: str, tmp_path: Path
 ) -> None:
     async with TcpProxy(kube_api.port) as proxy:
-        one = Candidate(kube_api.kubeconfig(server=proxy.url), kube_namespace, "one", tmp_path)
+        one = Candidate(kube_api, kube_namespace, "one", tmp_path, proxy.port)
         second = None
         try:
             await until(one.writes)
-            second = Candidate(kube_api.kubeconfig(), kube_namespace, "two", tmp_path)
-            await asyncio.sleep(1.0)
+            second = Candidate(kube_api, kube_namespace, "two", tmp_path)
+            await until(second.lines)
             proxy.black_hole()
             cut = time.monotonic()
             await until(second.writes)
