@@ -41,7 +41,7 @@ seconds. Measured at 20 000 rows/s beside a loop without rest: no flush in 3 s b
 GATHER_MIN_S = 0.01
 BUSY_PATIENCE_S = 0.3
 BACKOFF_MIN_S = 0.05
-BACKOFF_MAX_S = 1.0
+BACKOFF_MAX_S = 0.5
 
 
 class Journal:

@@ -1,3 +1,4 @@
+import asyncio
 import sqlite3
 import subprocess
 import sys
@@ -5,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+import uvloop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -208,3 +210,29 @@ def test_log_is_folded_into_the_file_beside_the_writer(journal: Journal, ledger:
     ledger.append(record("after"))
     assert journal.flush()
     assert len(query(tmp_path)) == 5001
+
+
+def test_loop_without_rest_does_not_starve_the_writer(journal: Journal, ledger: SqliteLedger):
+    """A loop that lets the interpreter go and takes it back at once, as a saturated server does."""
+    flushes = 0
+    flush = journal._flush
+
+    def counted() -> bool:
+        nonlocal flushes
+        flushes += 1
+        return flush()
+
+    journal._flush = counted
+
+    async def serve() -> None:
+        end = time.monotonic() + 2
+        while time.monotonic() < end:
+            ledger.append(record(f"r{time.monotonic_ns()}"))
+            busy = time.monotonic() + 0.001
+            while time.monotonic() < busy:
+                sum(range(50))
+            await asyncio.sleep(0)
+
+    uvloop.run(serve())
+    assert flushes > 10
+    assert journal.status.written > 500
