@@ -16,12 +16,12 @@ from typing import Final
 from extproc import messages
 from extproc.access_log import CLIENT_DISCONNECTED, ENGINE_LOST, STREAM_TIMEOUT, Abandoned
 from extproc.admission import Admission, Admitted
-from extproc.endpoints import ModelList, route
+from extproc.endpoints import Metered, ModelList, route
 from extproc.errors import Refused, refused
 from extproc.identity import secret_of
 from extproc.ledger.model import Accuracy, Ledger, UsageRecord
 from extproc.limits.model import Amounts, LimitStore
-from extproc.messages import Attribute, HeaderName
+from extproc.messages import Attribute, HeaderNames
 from extproc.observe.metrics import GatewayMetrics
 from extproc.picking import Outcome, Picker
 from extproc.replies import Replies
@@ -30,21 +30,17 @@ from extproc.transport.core import CloseReason, GrpcError
 from extproc.usage.model import Api, Tap, Usage
 from extproc.usage.taps import make_tap
 
-_METHOD: Final = HeaderName(":method")
-_PATH: Final = HeaderName(":path")
-_STATUS: Final = HeaderName(":status")
-_AUTHORIZATION: Final = HeaderName("authorization")
-_API_KEY: Final = HeaderName("x-api-key")
-_REQUEST_ID: Final = HeaderName("x-request-id")
-_CONTENT_LENGTH: Final = HeaderName("content-length")
-_CONTENT_TYPE: Final = HeaderName("content-type")
-_CONTENT_ENCODING: Final = HeaderName("content-encoding")
+_REQUEST: Final = HeaderNames(":method", ":path", "authorization", "x-request-id")
+_API_KEY: Final = HeaderNames("x-api-key")
+_BODY: Final = HeaderNames("content-length", "content-encoding")
+_RESPONSE: Final = HeaderNames(":status", "content-type", "content-encoding")
 _UPSTREAM: Final = Attribute("upstream.address")
 _DETAILS: Final = Attribute("response.code_details")
 _BY_ENGINE: Final = b"\x1a\x0cvia_upstream"
 """the details of an answer that an engine gave; every other says why Envoy answered itself. `upstream.address` does not
 tell: it also names an engine that was lost before it answered"""
 
+_RESPONSE_BODY_TAG: Final = messages.RESPONSE_BODY << 3 | 2
 INVALID_ARGUMENT: Final = 3
 CLIENT_CLOSED_REQUEST: Final = 499
 _ENGINE_FAULTS: Final = frozenset({"engine_error", "engine_overloaded", "engine_bad_encoding"})
@@ -84,10 +80,10 @@ class Exchange:
         "_admitted",
         "_api",
         "_attempt",
-        "_content_length",
         "_deps",
         "_engine",
         "_failed_by_envoy",
+        "_head",
         "_principal",
         "_request_id",
         "_settled",
@@ -110,7 +106,7 @@ class Exchange:
         self._request_id = ""
         self._engine = ""
         self._attempt = 1
-        self._content_length = False
+        self._head: tuple[bytes, int, int] | None = None
         self._started_s = 0.0
         self._ttft_s: float | None = None
         self._time_ms = 0
@@ -119,15 +115,17 @@ class Exchange:
 
     def on_message(self, message: bytes) -> bytes | None:
         try:
+            if message[0] == _RESPONSE_BODY_TAG:
+                return self._response_body(*messages.body_of(message))
             kind, at, end = messages.kind_of(message)
-            if kind == messages.RESPONSE_BODY:
-                return self._response_body(*messages.body_of(message, at, end))
             if kind == messages.REQUEST_HEADERS:
                 return self._request_headers(message, at, end)
             if kind == messages.REQUEST_BODY:
-                return self._request_body(messages.body_of(message, at, end)[0])
+                return self._request_body(messages.body_of(message)[0])
             if kind == messages.RESPONSE_HEADERS:
                 return self._response_headers(message, at, end)
+            if kind == messages.RESPONSE_BODY:
+                return self._response_body(*messages.body_of(message))
         except (messages.BadMessage, IndexError):
             raise GrpcError(INVALID_ARGUMENT, "not an ext_proc message") from None
         if kind == messages.REQUEST_TRAILERS:
@@ -150,26 +148,24 @@ class Exchange:
         at, end, no_body = messages.headers_of(message, at, end)
         self._started_s = time.monotonic()
         self._time_ms = int(time.time() * 1000)
-        request_id = _REQUEST_ID.find(message, at, end)
+        method, path, authorization, request_id = _REQUEST.find(message, at, end)
         if request_id is not None:
             self._request_id = request_id.decode("latin-1")
-        secret = secret_of(_AUTHORIZATION.find(message, at, end), _API_KEY.find(message, at, end))
+        secret = secret_of(authorization) or _API_KEY.find(message, at, end)[0]
         principal = self._deps.admission.identify(secret)
         if isinstance(principal, Refused):
             return self._refuse(principal)
         self._principal = principal
-        asked = route(_METHOD.find(message, at, end) or b"", _PATH.find(message, at, end) or b"")
-        if isinstance(asked, Refused):
+        asked = route(method or b"", path or b"")
+        if type(asked) is not Metered:
+            if isinstance(asked, ModelList):
+                return self._list_models(principal, asked.model)
             return self._refuse(asked)
-        if isinstance(asked, ModelList):
-            return self._list_models(principal, asked.model)
         if no_body:
             return self._refuse(refused("body_required", "Send a JSON body."))
-        encoding = _CONTENT_ENCODING.find(message, at, end)
-        if encoding and encoding.lower() != b"identity":
-            return self._refuse(refused("unsupported_encoding", "Send the request body uncompressed."))
         self._api = asked.api
-        self._content_length = _CONTENT_LENGTH.find(message, at, end) is not None
+        # Most bodies need neither of the two headers that are of interest with one: looked up when one does.
+        self._head = (message, at, end)
         return messages.CONTINUE_REQUEST_HEADERS
 
     def _list_models(self, principal: Principal, model: str | None) -> bytes:
@@ -184,6 +180,12 @@ class Exchange:
             raise GrpcError(INVALID_ARGUMENT, "a request body out of turn; is request_body_mode BUFFERED?")
         deps = self._deps
         admitted = deps.admission.admit(principal, self._api, body, b"")
+        content_length = None
+        if admitted.__class__ is Refused or admitted.body is not None:
+            content_length, encoding = _BODY.find(*self._head)
+            if encoding and encoding.lower() != b"identity":
+                admitted = refused("unsupported_encoding", "Send the request body uncompressed.")
+        self._head = None
         if isinstance(admitted, Refused):
             return self._refuse(admitted)
         self._admitted = admitted
@@ -191,11 +193,11 @@ class Exchange:
         self._engine = pick.addresses[0]
         deps.picker.begin(self._engine)
         deps.open += 1
-        token, endpoint, body_changed = principal.token, admitted.endpoint, admitted.body
+        token, endpoint, changed = principal.token, admitted.endpoint, admitted.body
         who = (token.namespace, token.name, endpoint.model, endpoint.name, pick.addresses)
-        if body_changed is None:
-            return deps.replies.admitted(*who)
-        return deps.replies.changed(*who, body_changed, resize=self._content_length)
+        if changed is None:
+            return deps.replies.admitted(who)
+        return deps.replies.changed(who, changed, resize=content_length is not None)
 
     def _refuse(self, answer: Refused) -> bytes:
         principal = self._principal
@@ -208,8 +210,8 @@ class Exchange:
     def _response_headers(self, message: bytes, at: int, end: int) -> bytes:
         attributes = messages.attributes_of(message, end)
         at, end, no_body = messages.headers_of(message, at, end)
-        status = _STATUS.find(message, at, end) or b""
-        self._status = int(status) if status.isdigit() else 0
+        status, content_type, encoding = _RESPONSE.find(message, at, end)
+        self._status = int(status) if status and status.isdigit() else 0
         admitted = self._admitted
         served = _UPSTREAM.text(message, *attributes)
         if admitted is not None and served is not None and served != self._engine:
@@ -222,13 +224,11 @@ class Exchange:
         if no_body:
             self._settle_complete()
         elif self._status < 300:
-            content_type = _CONTENT_TYPE.find(message, at, end) or b""
-            encoding = _CONTENT_ENCODING.find(message, at, end) or b""
             self._tap = make_tap(
                 self._api,
                 stream=admitted.stream,
-                content_type=content_type.decode("latin-1"),
-                content_encoding=encoding.decode("latin-1"),
+                content_type=(content_type or b"").decode("latin-1"),
+                content_encoding=(encoding or b"").decode("latin-1"),
                 hide_usage=admitted.hide_usage,
             )
         mutation = self._deps.replies.standing(admitted.lease)
@@ -236,7 +236,7 @@ class Exchange:
             mutation += _CHANGED_LENGTH
             if self._tap is not None and self._tap.decodes:
                 mutation += _DECODED
-        return messages.response_headers_reply(mutation)
+        return messages.response_headers_reply(mutation) if mutation else messages.CONTINUE_RESPONSE_HEADERS
 
     def _answered_by_envoy(self) -> bytes:
         """Envoy's own answer (no engine reached, body over the buffer limit, a timeout) in words of ours."""
@@ -342,7 +342,8 @@ class Exchange:
         if tap is None:
             return Usage(prompt, 0)
         seen = tap.usage
-        delivered = tap.delivered_tokens()
+        # The engine cannot have generated more than was reserved; an estimate from bytes can say so.
+        delivered = min(tap.delivered_tokens(), admitted.reserved.response)
         if seen is None:
             return Usage(prompt, delivered)
         return seen._replace(completion=max(seen.completion, delivered))

@@ -34,6 +34,7 @@ class JsonTap(Findings):
         """Collects; always passes on as it is."""
         if chunk:
             self.started = True
+            self.text_bytes += len(chunk)
             self._size += len(chunk)
             self._parts.append(chunk)
             if self._size > BODY_MAX:
@@ -87,12 +88,12 @@ class JsonTap(Findings):
         self.final = self.usage is not None
 
     def delivered_tokens(self) -> int:
-        """The engine's count; of a body cut short, its bytes / 4, an upper estimate (the envelope is in it)."""
+        """The engine's count; of a body without one, or cut short, its bytes / 4: too many, the envelope is in it."""
         if self.usage is not None:
             return self.usage.completion
         if self.error or self._api in {"embeddings", "rerank", "score"}:
             return 0
-        return sum(map(len, self._parts)) // TOKEN_BYTES
+        return self.text_bytes // TOKEN_BYTES
 
 
 class BlindTap(Findings):
