@@ -89,10 +89,9 @@ async def main() -> None:
         indexed = time.perf_counter()
         gc.collect()
         gc.freeze()
-        print(
-            f"first load {loaded - began:.2f} s, index {(indexed - loaded) * 1000:.0f} ms, {source.status.tokens} tokens,"
-        )
-        print(f"{source.status.endpoints} endpoints, {len(source.status.notes)} notes, peak RSS {peak_mb():.0f} MB")
+        index_ms = (indexed - loaded) * 1000
+        print(f"{source.status.tokens} tokens, {source.status.endpoints} endpoints, {len(source.status.notes)} notes")
+        print(f"first load {loaded - began:.2f} s, index {index_ms:.0f} ms, peak RSS {peak_mb():.0f} MB")
 
         async with Pauses().watched() as pauses:
             noise = []
