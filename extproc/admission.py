@@ -33,6 +33,7 @@ QUOTA_RETRY_AFTER_S: Final = 3600
 
 _ENGINE_FIELDS: Final = (
     "kv_transfer_params",
+    "ec_transfer_params",
     "bootstrap_*",
     "session_id",
     "session_params",
