@@ -21,12 +21,17 @@ OWNED_HEADERS: Final = (
 )
 """Headers that are the gateway's word; a client's copies never pass"""
 _SET: Final = frozenset({PIN_HEADER, "model", "namespace", "username"})
+_ENGINE_HEADERS: Final = ("x-vllm-priority", "x-session-id", "x-data-parallel-rank")
+"""vLLM takes these for the body's fields of the same purpose, which admission removes (0.32)"""
 
 # Credentials stop here: engines need none of ours, and their logs are not ours to keep clean. A compressed answer could
 # not have its usage event hidden in place, so engines are asked for plain ones.
 _STRIPPED: Final = b"".join(
     messages.remove_header(name)
-    for name in ("authorization", "x-api-key", "accept-encoding", *(n for n in OWNED_HEADERS if n not in _SET))
+    for name in (
+        *("authorization", "x-api-key", "accept-encoding", *_ENGINE_HEADERS),
+        *(name for name in OWNED_HEADERS if name not in _SET),
+    )
 )
 _MOST: Final = 50_000
 """entries of a cache before it is begun anew: grants and engines come and go"""
