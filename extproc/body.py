@@ -19,6 +19,7 @@ MAX_MODEL_CHARS: Final = 256
 _MAX_TOKENS: Final = 10_000_000
 _MAX_CHOICES: Final = 128
 
+_encode = msgspec.json.Encoder().encode
 _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _decode_str = msgspec.json.Decoder(str).decode
 _decode_any = msgspec.json.Decoder().decode
@@ -65,10 +66,10 @@ def _each_once(body: bytes, fields: Fields) -> bool:
 
     A field said twice would leave bytes over. Bodies written in any other style are walked exactly (`spans`).
     """
-    left = len(body) - 2 - 4 * len(fields) + 1  # braces; two quotes, colon and comma each, but for the last comma
-    for name, value in fields.items():
-        left -= len(name) + len(memoryview(value))
-    return left == 0 or (left == 2 * len(fields) - 1 and body[body.find(b":") + 1] == 0x20)
+    compact = len(_encode(fields))
+    return len(body) == compact or (
+        len(body) == compact + 2 * len(fields) - 1 and body[body.find(b":") + 1 : body.find(b":") + 2] == b" "
+    )
 
 
 class Span(NamedTuple):
@@ -184,6 +185,8 @@ _COUNTS: Final = {
 
 def check_counts(fields: Fields) -> Refused | None:
     """Fields that bound the answer must be whole numbers from 1 on: a reservation is computed from them."""
+    if _COUNTS.keys().isdisjoint(fields):
+        return None
     for name in _COUNTS.keys() & fields.keys():
         value, most = bytes(fields[name]), _COUNTS[name]
         if value.isdigit() and len(value) <= 8 and 1 <= int(value) <= most:

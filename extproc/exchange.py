@@ -16,7 +16,7 @@ from typing import Final
 from extproc import messages
 from extproc.access_log import CLIENT_DISCONNECTED, ENGINE_LOST, STREAM_TIMEOUT, Abandoned
 from extproc.admission import Admission, Admitted
-from extproc.endpoints import Metered, ModelList, route
+from extproc.endpoints import ModelList, route
 from extproc.errors import Refused, refused
 from extproc.identity import secret_of
 from extproc.ledger.model import Accuracy, Ledger, UsageRecord
@@ -32,7 +32,8 @@ from extproc.usage.taps import make_tap
 
 _REQUEST: Final = HeaderNames(":method", ":path", "authorization", "x-request-id")
 _API_KEY: Final = HeaderNames("x-api-key")
-_BODY: Final = HeaderNames("content-length", "content-encoding")
+_LENGTH: Final = HeaderNames("content-length")
+_ENCODING: Final = HeaderNames("content-encoding")
 _RESPONSE: Final = HeaderNames(":status", "content-type", "content-encoding")
 _UPSTREAM: Final = Attribute("upstream.address")
 _DETAILS: Final = Attribute("response.code_details")
@@ -157,14 +158,14 @@ class Exchange:
             return self._refuse(principal)
         self._principal = principal
         asked = route(method or b"", path or b"")
-        if type(asked) is not Metered:
-            if isinstance(asked, ModelList):
-                return self._list_models(principal, asked.model)
+        if isinstance(asked, Refused):
             return self._refuse(asked)
+        if isinstance(asked, ModelList):
+            return self._list_models(principal, asked.model)
         if no_body:
             return self._refuse(refused("body_required", "Send a JSON body."))
         self._api = asked.api
-        # Most bodies need neither of the two headers that are of interest with one: looked up when one does.
+        # Kept for the two headers that matter with some bodies only.
         self._head = (message, at, end)
         return messages.CONTINUE_REQUEST_HEADERS
 
@@ -180,13 +181,11 @@ class Exchange:
             raise GrpcError(INVALID_ARGUMENT, "a request body out of turn; is request_body_mode BUFFERED?")
         deps = self._deps
         admitted = deps.admission.admit(principal, self._api, body, b"")
-        content_length = None
-        if admitted.__class__ is Refused or admitted.body is not None:
-            content_length, encoding = _BODY.find(*self._head)
-            if encoding and encoding.lower() != b"identity":
-                admitted = refused("unsupported_encoding", "Send the request body uncompressed.")
-        self._head = None
+        head, self._head = self._head, None
+        assert head is not None
         if isinstance(admitted, Refused):
+            if admitted.reason.code == "invalid_json" and (_ENCODING.find(*head)[0] or b"identity") != b"identity":
+                admitted = refused("unsupported_encoding", "Send the request body uncompressed.")
             return self._refuse(admitted)
         self._admitted = admitted
         pick = admitted.pick
@@ -197,7 +196,7 @@ class Exchange:
         who = (token.namespace, token.name, endpoint.model, endpoint.name, pick.addresses)
         if changed is None:
             return deps.replies.admitted(who)
-        return deps.replies.changed(who, changed, resize=content_length is not None)
+        return deps.replies.changed(who, changed, resize=_LENGTH.find(*head)[0] is not None)
 
     def _refuse(self, answer: Refused) -> bytes:
         principal = self._principal

@@ -10,16 +10,16 @@ from extproc.snapshot.index import Ambiguous, Index, Principal
 _SCHEME: Final = b"bearer "
 
 
-def secret_of(authorization: bytes | None, api_key: bytes | None) -> bytes | None:
-    """The secret a client sent: `Authorization: Bearer …` (scheme in any case), else `x-api-key`."""
+def secret_of(authorization: bytes | None) -> bytes | None:
+    """The secret in `Authorization: Bearer …` (scheme in any case)."""
     if authorization is not None and authorization[:7].lower() == _SCHEME:
         return authorization[7:].strip() or None
-    return (api_key or b"").strip() or None
+    return None
 
 
 def identify(index: Index, secret: bytes | None, now_s: float) -> Principal | Refused:
     """The token behind a secret, if it may be used now."""
-    if secret is None:
+    if not secret:
         return refused("missing_token", "Send your token as 'Authorization: Bearer TOKEN' or 'x-api-key: TOKEN'.")
     digest = hashlib.sha256(secret).digest()
     found = index.principals.get(digest)

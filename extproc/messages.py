@@ -8,6 +8,7 @@ Reading relies on protobuf's canonical order for the fast paths (Envoy writes fi
 general scan for any other order. Whatever is no protobuf raises `BadMessage`.
 """
 
+import functools
 from typing import Final
 
 REQUEST_HEADERS: Final = 2
@@ -73,10 +74,8 @@ def kind_of(message: bytes) -> tuple[int, int, int]:
     (0, 0, 0) where none is set: newer Envoys may send such messages, and they are to be ignored.
     """
     if len(message) > 1 and 0x12 <= message[0] <= 0x3A and message[0] & 7 == _LEN:
-        size = message[1]
-        if size < 0x80:
-            at = 2
-        else:
+        size, at = message[1], 2
+        if size >= 0x80:
             size, at = varint(message, 1)
         if at + size > len(message):
             raise BadMessage("field runs over the end of its message")
@@ -87,23 +86,28 @@ def kind_of(message: bytes) -> tuple[int, int, int]:
     return 0, 0, 0
 
 
-def body_of(message: bytes, at: int, end: int) -> tuple[bytes, bool]:
-    """An HttpBody's bytes and its end_of_stream."""
+def body_of(message: bytes) -> tuple[bytes, bool]:
+    """The bytes and end_of_stream of a request_body or response_body message.
+
+    Every streamed chunk comes through here. Its usual form, one HttpBody and nothing else, below 16 KiB, is read in
+    place; any other one is walked.
+    """
+    try:
+        # Two lengths, of the HttpBody and of its bytes, of one or two digits each.
+        at = 2 if message[1] < 0x80 else 3
+        start = at + 2 if message[at + 1] < 0x80 else at + 3
+        outer = message[1] if at == 2 else (message[1] & 0x7F) | message[2] << 7
+        size = message[at + 1] if start == at + 2 else (message[at + 1] & 0x7F) | message[at + 2] << 7
+        rest = len(message) - start - size
+        if message[at] == 0x0A and outer == len(message) - at:
+            if rest == 0:
+                return message[start:], False
+            if rest == 2 and message[-2] == 0x10:
+                return message[start : start + size], message[-1] == 1
+    except IndexError:
+        pass
+    _, at, end = kind_of(message)
     body, end_of_stream = b"", False
-    if at < end and message[at] == 0x0A:
-        size = message[at + 1] if at + 1 < end else 0x80
-        if size < 0x80:
-            at += 2
-        else:
-            size, at = varint(message, at + 1)
-        if at + size > end:
-            raise BadMessage("body runs over the end of its message")
-        body = message[at : at + size]
-        at += size
-        if at == end:
-            return body, False
-    if end - at == 2 and message[at] == 0x10:
-        return body, message[at + 1] == 1
     for number, kind, start, stop in fields(message, at, end):
         if number == 1 and kind == _LEN:
             body = message[start:stop]
@@ -114,8 +118,11 @@ def body_of(message: bytes, at: int, end: int) -> tuple[bytes, bool]:
 
 def headers_of(message: bytes, at: int, end: int) -> tuple[int, int, bool]:
     """Where an HttpHeaders' header map stands in the message, and its end_of_stream."""
-    if at < end and message[at] == 0x0A:
-        size, start = varint(message, at + 1)
+    if at + 2 < end and message[at] == 0x0A:
+        size = message[at + 1]
+        start = at + 2
+        if size >= 0x80:
+            size, start = varint(message, at + 1)
         stop = start + size
         if stop == end:
             return start, stop, False
@@ -131,46 +138,48 @@ def headers_of(message: bytes, at: int, end: int) -> tuple[int, int, bool]:
     return *block, end_of_stream
 
 
-class HeaderName:
-    """A header to look up in header maps, as the bytes that announce it there.
+class HeaderNames:
+    """Headers to look up in header maps together, as the bytes that announce them there.
 
-    A lookup is one bytes search instead of a walk over every header. It cannot be fooled: the needle is a key field
+    A look-up is one bytes search instead of a walk over every header. It cannot be fooled: the needle is a key field
     (0x0a, length, name) followed by a value's tag, and Envoy lets no control character but the tab into a header's
     value, so a forged key could only begin with a length byte, and its value's tag would have to be forged too.
     """
 
-    __slots__ = ("_bare", "_needle", "_raw", "_size")
+    __slots__ = ("_needles",)
 
-    def __init__(self, name: str) -> None:
-        self._needle = b"\x0a" + bytes((len(name),)) + name.encode()
-        self._raw = self._needle + b"\x1a"
-        self._size = len(self._needle)
-        self._bare = b"\x0a" + bytes((self._size,))
+    def __init__(self, *names: str) -> None:
+        keys = [b"\x0a" + bytes((len(name),)) + name.encode() for name in names]
+        self._needles = tuple((key + b"\x1a", len(key) + 2, key) for key in keys)
 
-    def find(self, message: bytes, at: int, end: int) -> bytes | None:
-        """The first value of this header in the map that stands at message[at:end]; None where it is absent."""
-        found = message.find(self._raw, at, end)
-        if found >= 0:
-            start = found + self._size + 2
-            stop = start + message[start - 1]
-            if stop - start < 0x80 and stop <= end:
-                return message[start:stop]
-        return self._find_any(message, at, end)
+    def find(self, message: bytes, at: int, end: int) -> list[bytes | None]:
+        """The first non-empty value of each in the map at message[at:end], in the names' order; None where absent."""
+        found: list[bytes | None] = []
+        for needle, size, key in self._needles:
+            start = message.find(needle, at, end) + size
+            if start >= size and start <= end:
+                stop = start + message[start - 1]
+                if stop - start < 0x80 and stop <= end:
+                    found.append(message[start:stop])
+                    continue
+            found.append(_header(message, key, at, end))
+        return found
 
-    def _find_any(self, message: bytes, at: int, end: int) -> bytes | None:
-        """Long values, empty ones, and those in `value` (field 2), which clients other than Envoy may send."""
-        while True:
-            found = message.find(self._needle, at, end)
-            if found < 0:
-                return None
-            at = found + self._size
-            if at < end and message[at] in (0x1A, 0x12):
-                size, start = varint(message, at + 1)
-                if start + size > end:
-                    raise BadMessage("header runs over the end of its message")
-                return message[start : start + size]
-            if (at == end or message[at] == 0x0A) and message[found - 2 : found] == self._bare:
-                return b""  # an empty value is left out on the wire: the entry is its key alone
+
+def _header(message: bytes, key: bytes, at: int, end: int) -> bytes | None:
+    """Long values, empty ones, and those in `value` (field 2), which clients other than Envoy may send."""
+    while True:
+        found = message.find(key, at, end)
+        if found < 0:
+            return None
+        at = found + len(key)
+        if at < end and message[at] in (0x1A, 0x12):
+            size, start = varint(message, at + 1)
+            if start + size > end:
+                raise BadMessage("header runs over the end of its message")
+            return message[start : start + size]
+        if (at == end or message[at] == 0x0A) and message[found - 2 : found] == b"\x0a" + bytes((len(key),)):
+            return b""  # an empty value is left out on the wire: the entry is its key alone
 
 
 def attributes_of(message: bytes, at: int) -> tuple[int, int]:
@@ -277,9 +286,14 @@ def request_body_reply(mutation: bytes, dynamic_metadata: bytes, body: bytes | N
     return field(3, field(1, common)) + field(8, dynamic_metadata)
 
 
+@functools.lru_cache(maxsize=4096)
+def _response_headers_prefix(size: int) -> bytes:
+    return field(2, field(1, field(2, b"\0" * size)))[:-size]
+
+
 def response_headers_reply(mutation: bytes) -> bytes:
-    """Continue with these mutations of the response's headers."""
-    return field(2, field(1, field(2, mutation)))
+    """Continue with these mutations of the response's headers, of which there must be some."""
+    return _response_headers_prefix(len(mutation)) + mutation
 
 
 def response_body_reply(body: bytes) -> bytes:

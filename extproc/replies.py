@@ -4,7 +4,7 @@ A request's reply depends on who asks and which engine was picked, and on nothin
 standing of its limits differs in a few digits only. Building these from scratch cost more than the decision itself.
 """
 
-from typing import Final
+from typing import Final, TypeAlias
 
 from extproc import messages
 from extproc.limits.model import Lease, Standing
@@ -33,6 +33,8 @@ _STRIPPED: Final = b"".join(
         *(name for name in OWNED_HEADERS if name not in _SET),
     )
 )
+Who: TypeAlias = tuple[str, str, str, str, tuple[str, ...]]
+"""namespace, token's name, model, endpoint, and the picked engines in order"""
 _MOST: Final = 50_000
 """entries of a cache before it is begun anew: grants and engines come and go"""
 
@@ -43,34 +45,24 @@ class Replies:
     __slots__ = ("_standings", "_whole")
 
     def __init__(self) -> None:
-        self._whole: dict[tuple[str, str, str, str, tuple[str, ...]], bytes] = {}
+        self._whole: dict[Who, bytes] = {}
         self._standings: dict[tuple[str, int, int, int], tuple[bytes, bytes, bytes]] = {}
 
-    def admitted(self, namespace: str, token: str, model: str, endpoint: str, engines: tuple[str, ...]) -> bytes:
-        """Go on to these engines, in order, with the body as it is."""
-        key = (namespace, token, model, endpoint, engines)
-        found = self._whole.get(key)
+    def admitted(self, who: Who) -> bytes:
+        """Go on with the body as it is."""
+        found = self._whole.get(who)
         if found is None:
             if len(self._whole) > _MOST:
                 self._whole.clear()
-            found = self._whole[key] = self.changed(namespace, token, model, endpoint, engines, None, resize=False)
+            found = self._whole[who] = self.changed(who, None, resize=False)
         return found
 
-    def changed(
-        self,
-        namespace: str,
-        token: str,
-        model: str,
-        endpoint: str,
-        engines: tuple[str, ...],
-        body: bytes | None,
-        *,
-        resize: bool,
-    ) -> bytes:
+    def changed(self, who: Who, body: bytes | None, *, resize: bool) -> bytes:
         """The same with another body; `resize` where the request has a content-length.
 
         `model`, `namespace` and `username` are the headers that Arks' routes match on: `model` there is the endpoint.
         """
+        namespace, token, model, endpoint, engines = who
         pin = ",".join(engines)
         headers = {PIN_HEADER: pin, "model": endpoint, "namespace": namespace, "username": token}
         if body is not None and resize:

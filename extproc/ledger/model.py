@@ -10,7 +10,7 @@ LEASE_EXPIRED = "lease_expired"
 """`UsageRecord.error` of the estimate that a lease leaves behind when nobody settled it in time"""
 
 
-class UsageRecord(msgspec.Struct, frozen=True):
+class UsageRecord(msgspec.Struct, frozen=True, gc=False):
     id: str
     """ours, unique over restarts; the lease's id"""
     attempt: int
