@@ -4,6 +4,8 @@ Fixtures (in `tests/harness/plugin.py`, loaded for every test by `tests/conftest
 
     kube_api        session: one shared `KubeApi`. Leave it running and clean; do not stop, freeze or restart it.
     kube_namespace  function: name of a fresh namespace there; emptied and removed afterwards.
+    kube_cluster    session: another shared one with a real kube-controller-manager: Deployments make ReplicaSets make
+                    pods, Jobs make pods, owner references are collected, namespaces go, ServiceAccounts appear.
     own_kube_api    function: a `KubeApi` of the test's own, to stop, freeze, restart, compact (3 s, 300 MB: sparingly).
 
 `KubeApi` in short (methods are synchronous and quick; use `await asyncio.to_thread(...)` around start, stop, restart):
@@ -24,8 +26,8 @@ Fixtures (in `tests/harness/plugin.py`, loaded for every test by `tests/conftest
     compact()                            etcd forgets history: a watch from an old resourceVersion gets 410
     flags                                extra API server flags, used by the next start
 
-What is not there: kubelet, scheduler and the controller manager. No pod runs, no Deployment makes pods, no owner
-reference is collected, no ServiceAccount appears by itself. Tests act for them (`set_status`, `apply`).
+What is not there: kubelet and scheduler, so no pod gets a node, runs or becomes ready; and without `controllers`, the
+controller manager: no Deployment makes pods, no owner reference is collected. Tests act for them (`set_status`).
 """
 
 from __future__ import annotations
@@ -57,6 +59,16 @@ KUBERNETES_VERSION = "1.36.3"
 ETCD_VERSION = "3.6.8"
 CERTS_VERSION = "1"
 READY_TIMEOUT_S = 60.0
+CONTROLLERS = (
+    "deployment-controller",
+    "replicaset-controller",
+    "job-controller",
+    "garbage-collector-controller",
+    "namespace-controller",
+    "serviceaccount-controller",
+    "endpointslice-controller",
+    "clusterrole-aggregation-controller",
+)
 PR_SET_PDEATHSIG = 1
 CONTROLLER_USER = "system:serviceaccount:arks-system:arks-controller"
 
@@ -74,23 +86,34 @@ class KubeError(Exception):
 
 def binaries() -> tuple[Path, Path, Path]:
     """kube-apiserver, etcd and the certificate writer, built if missing (minutes); `NoGoError` without a toolchain."""
-    stamp = " ".join(
-        f"-X k8s.io/component-base/version.{key}={value}"
-        for key, value in (("gitVersion", f"v{KUBERNETES_VERSION}"), ("gitMajor", "1"), ("gitMinor", "36"))
-    )
-    kubernetes = "k8s.io/kubernetes/cmd/kube-apiserver"
     return (
-        go_binary("kube-apiserver", KUBERNETES_VERSION, kubernetes, module="kubernetes", ldflags=stamp),
+        _kubernetes("kube-apiserver"),
         go_binary("etcd", ETCD_VERSION, "./etcd", module="kubernetes"),
         go_binary("kubecerts", CERTS_VERSION, "./kubecerts", module="kubernetes"),
     )
 
 
+def controller_manager() -> Path:
+    """kube-controller-manager; built on its first use, like the others."""
+    return _kubernetes("kube-controller-manager")
+
+
+def _kubernetes(name: str) -> Path:
+    stamp = " ".join(
+        f"-X k8s.io/component-base/version.{key}={value}"
+        for key, value in (("gitVersion", f"v{KUBERNETES_VERSION}"), ("gitMajor", "1"), ("gitMinor", "36"))
+    )
+    package = f"k8s.io/kubernetes/cmd/{name}"
+    return go_binary(name, KUBERNETES_VERSION, package, module="kubernetes", ldflags=stamp)
+
+
 class KubeApi:
     """One etcd and one API server with a state folder of their own. `start`, then `close`; also a context manager."""
 
-    def __init__(self, flags: Iterable[str] = (), etcd_flags: Iterable[str] = ()) -> None:
-        self.flags, self.etcd_flags = list(flags), list(etcd_flags)
+    def __init__(
+        self, flags: Iterable[str] = (), etcd_flags: Iterable[str] = (), controllers: Iterable[str] = ()
+    ) -> None:
+        self.flags, self.etcd_flags, self.controllers = list(flags), list(etcd_flags), list(controllers)
         self.folder = Path(tempfile.mkdtemp(prefix="arks-kube-"))
         self.log_file = self.folder / "apiserver.log"
         self.ca_file = self.folder / "ca.crt"
@@ -98,6 +121,7 @@ class KubeApi:
         self.port = self._etcd_port = 0
         self._etcd: subprocess.Popen[bytes] | None = None
         self._server: subprocess.Popen[bytes] | None = None
+        self._controllers: subprocess.Popen[bytes] | None = None
         # The kernel ends a child with the thread that started it (see `_spawn`), so one thread of ours starts them all.
         self._starter = concurrent.futures.ThreadPoolExecutor(1)
         self._idle: queue.SimpleQueue[http.client.HTTPSConnection] = queue.SimpleQueue()
@@ -140,6 +164,8 @@ class KubeApi:
                 self._etcd = self._spawn(self._etcd_command(etcd), "etcd.log")
             self._server = self._spawn(self._server_command(apiserver), self.log_file.name)
             if self._wait_ready():
+                if self.controllers and self._controllers is None:
+                    self._controllers = self._spawn(self._controllers_command(), "controllers.log")
                 return
         raise RuntimeError(f"kube-apiserver does not get ready:\n{self.log_file.read_text()[-3000:]}")
 
@@ -155,9 +181,10 @@ class KubeApi:
     def close(self) -> None:
         """End both and remove their state; harmless when done twice."""
         self.thaw()
+        self._end(self._controllers, signal.SIGKILL)
         self._end(self._server, signal.SIGKILL)
         self._end(self._etcd, signal.SIGKILL)
-        self._server = self._etcd = None
+        self._server = self._etcd = self._controllers = None
         self._starter.shutdown()
         with contextlib.suppress(queue.Empty):
             while True:
@@ -275,7 +302,8 @@ class KubeApi:
     def list(self, api_version: str, kind: str, namespace: str | None = None, *, user: str = "admin") -> list[Object]:
         """All of a kind; `namespace=None` is every namespace."""
         items: list[Object] = self.request("GET", self.path(api_version, kind, namespace), user=user)["items"]
-        return items
+        # A list does not repeat on each item what all of them are.
+        return [{"apiVersion": api_version, "kind": kind} | item for item in items]
 
     def delete(
         self, api_version: str, kind: str, name: str, namespace: str = "default", *, user: str = "admin"
@@ -411,6 +439,19 @@ class KubeApi:
             *self.flags,
         ]
 
+    def _controllers_command(self) -> list[str]:
+        certificate = {"client-certificate": str(self.client_cert), "client-key": str(self.client_key)}
+        return [
+            str(controller_manager()),
+            f"--kubeconfig={self.kubeconfig('controllers', credentials=certificate)}",
+            f"--controllers={','.join(self.controllers)}",
+            f"--service-account-private-key-file={self.folder}/sa.key",
+            "--leader-elect=false",
+            "--secure-port=0",
+            "--kube-api-qps=500",
+            "--kube-api-burst=500",
+        ]
+
     def _spawn(self, command: list[str], log: str) -> subprocess.Popen[bytes]:
         libc = ctypes.CDLL(None, use_errno=True)
         with (self.folder / log).open("ab") as out:
@@ -494,5 +535,5 @@ def _objects(documents: Iterable[Document]) -> Iterable[Object]:
 
 
 if __name__ == "__main__":
-    for built in binaries():
+    for built in (*binaries(), controller_manager()):
         print(built)

@@ -7,18 +7,21 @@ from collections.abc import Iterator
 import pytest
 
 from tests.harness.go_build import NoGoError
-from tests.harness.kubernetes import KubeApi, binaries
+from tests.harness.kubernetes import CONTROLLERS, KubeApi, binaries, controller_manager
 
-FIXTURES = {"kube_api", "kube_namespace", "own_kube_api"}
+FIXTURES = {"kube_api", "kube_namespace", "own_kube_api", "kube_cluster", "fragile"}
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Build before the first test: minutes of compiling are no test's time limit."""
     if session.config.option.collectonly:
         return
-    if any(FIXTURES & set(getattr(item, "fixturenames", ())) for item in session.items):
+    used = FIXTURES & {name for item in session.items for name in getattr(item, "fixturenames", ())}
+    if used:
         try:
             binaries()
+            if "kube_cluster" in used:
+                controller_manager()
         except NoGoError:
             return  # each test that needs it says so
 
@@ -44,6 +47,14 @@ def kube_namespace(kube_api: KubeApi) -> Iterator[str]:
     name = kube_api.create_namespace()
     yield name
     kube_api.remove_namespace(name)
+
+
+@pytest.fixture(scope="session")
+def kube_cluster() -> Iterator[KubeApi]:
+    """One API server with the controllers of Kubernetes, for the whole run."""
+    _needs_go()
+    with KubeApi(controllers=CONTROLLERS) as api:
+        yield api
 
 
 @pytest.fixture

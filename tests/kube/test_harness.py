@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -67,3 +68,27 @@ def test_a_restart_keeps_the_data_and_rotates_tokens(own_kube_api: KubeApi) -> N
     assert any(each["metadata"]["name"].startswith("kept") for each in own_kube_api.list("v1", "Namespace"))
     with pytest.raises(KubeError, match="401"):
         own_kube_api.request("GET", "/api", token=old)
+
+
+def test_the_controllers_of_kubernetes_do_what_they_do(kube_cluster: KubeApi) -> None:
+    namespace = kube_cluster.create_namespace()
+    labels = {"app": "x"}
+    template = {"metadata": {"labels": labels}, "spec": {"containers": [{"name": "c", "image": "i"}]}}
+    spec = {"replicas": 2, "selector": {"matchLabels": labels}, "template": template}
+    kube_cluster.apply(
+        {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "d"}, "spec": spec}, namespace=namespace
+    )
+    eventually(lambda: len(kube_cluster.list("v1", "Pod", namespace)) == 2)
+    for pod in kube_cluster.list("v1", "Pod", namespace):
+        kube_cluster.set_status(pod, phase="Running", conditions=[{"type": "Ready", "status": "True"}])
+    eventually(lambda: kube_cluster.get("apps/v1", "Deployment", "d", namespace)["status"].get("readyReplicas") == 2)
+    kube_cluster.delete("apps/v1", "Deployment", "d", namespace)
+    eventually(lambda: not kube_cluster.list("v1", "Pod", namespace))
+    kube_cluster.remove_namespace(namespace)
+
+
+def eventually(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
+    until = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < until, "never became true"
+        time.sleep(0.05)
