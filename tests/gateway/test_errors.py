@@ -1,4 +1,4 @@
-"""Every refusal of docs/errors.md, through a real Envoy: its status, code, type, header and shape, and what it never says."""
+"""Every refusal of docs/errors.md, through a real Envoy: status, code, type, header, shape, and what it never says."""
 
 import asyncio
 import contextlib
@@ -18,9 +18,19 @@ from arks.envoy.bootstrap import ENVOYS_OWN_ERRORS
 from extproc.errors import REASONS
 from tests.harness.client import CHAT, RawAnswer, RawClient, bearer, chat
 from tests.harness.envoy import envoy_beside
-from tests.harness.gateway import Gateway, backend, endpoint, policy, quota, route, running_engine, running_gateway, token
+from tests.harness.gateway import (
+    Gateway,
+    backend,
+    endpoint,
+    policy,
+    quota,
+    route,
+    running_engine,
+    running_gateway,
+    token,
+)
 
-SECRET = "sk-Zx81secret"  # noqa: S105 - looked for in every place where it must not be
+SECRET = "sk-Zx81secret"
 MARK = "Qz77bodymark"
 """in every body; looked for in the same places"""
 DOCS = Path(__file__).parents[2] / "docs" / "errors.md"
@@ -137,13 +147,19 @@ CASES = [
     Case("invalid_json", body=b'{"model": "qwen-7b", "' + MARK.encode()),
     Case("invalid_json", "invalid_json, a list", body=[MARK]),
     Case("invalid_json", "invalid_json, not UTF-8", body=b'{"model": "qwen-7b", "user": "' + MARK.encode() + b'\xff"}'),
-    Case("invalid_json", "invalid_json, deep", body=b'{"model": "qwen-7b", "user": ' + b"[" * 10_000 + b"]" * 10_000 + b"}"),
+    Case(
+        "invalid_json",
+        "invalid_json, deep",
+        body=b'{"model": "qwen-7b", "user": ' + b"[" * 10_000 + b"]" * 10_000 + b"}",
+    ),
     Case("invalid_field", "invalid_field, a model that is a number", body=chat(model=7, user=MARK), param="model"),
     Case("invalid_field", "invalid_field, negative", body=chat(max_tokens=-1, user=MARK), param="max_tokens"),
     Case("invalid_field", "invalid_field, absurd", body=chat(max_tokens=10**30, user=MARK), param="max_tokens"),
     Case("invalid_field", "invalid_field, a fraction", body=chat(n=1.5, user=MARK), param="n"),
     Case("invalid_field", body=chat(stream=MARK), param="stream"),
-    Case("invalid_field", "invalid_field, options", body=chat(stream=True, stream_options=[MARK]), param="stream_options"),
+    Case(
+        "invalid_field", "invalid_field, options", body=chat(stream=True, stream_options=[MARK]), param="stream_options"
+    ),
     Case("duplicate_field", body=bodies(', "model": "secluded"')),
     Case("missing_model", body={"messages": [{"role": "user", "content": MARK}]}, param="model"),
     Case("unsupported_encoding", headers={"Content-Encoding": "gzip"}),
@@ -275,7 +291,9 @@ async def test_secrets_and_bodies_are_nowhere(gateway, session):
             assert MARK.encode() not in content, where
 
 
-@pytest.mark.xfail(reason="arks/welcome.py prints the first plain secret of the user's own policy to stderr, where logs go")
+@pytest.mark.xfail(
+    reason="arks/welcome.py prints the first plain secret of the user's own policy to stderr, where logs go"
+)
 async def test_a_secret_of_the_users_policy_is_not_in_the_log(gateway):
     assert SECRET not in gateway.log()
 

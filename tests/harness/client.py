@@ -1,14 +1,14 @@
 """A client's side of the gateway: bodies, answers, events, and HTTP/1 by the byte where a library is too careful.
 
-    bearer, chat         a request's headers and body
-    events               the data of an event stream's events
-    RawClient            one HTTP/1 connection: `send` any bytes, `answer` reads one answer
+bearer, chat         a request's headers and body
+events               the data of an event stream's events
+RawClient            one HTTP/1 connection: `send` any bytes, `answer` reads one answer
 """
 
 import asyncio
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 CHAT = "/v1/chat/completions"
@@ -61,7 +61,7 @@ class RawClient:
         self.reader: asyncio.StreamReader
         self.writer: asyncio.StreamWriter
 
-    async def __aenter__(self) -> "RawClient":
+    async def __aenter__(self) -> Self:
         self.reader, self.writer = await asyncio.open_connection(self._host, self._port, limit=1 << 20)
         return self
 

@@ -1,7 +1,7 @@
 """The product as a user runs it: `arks up` with real Envoy, and simulated engines in processes of their own.
 
-`running_gateway` and `running_engine` start one and stop it; all listens on free ports and keeps its state in the test's
-own folder. Envoy's counters are the oracle for what ext_proc really exchanged: `running_gateway` ends with a look at
+`running_gateway` and `running_engine` start one and stop it; all listens on free ports and keeps its state in the
+test's own folder. Envoy's counters are the oracle for what ext_proc really exchanged: `running_gateway` ends with a look at
 those that count a misuse of the protocol (`EXT_PROC_FAULTS`).
 """
 
@@ -17,7 +17,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,21 +104,17 @@ class Gateway:
     def usage(self, limit: int = 100_000) -> list[dict[str, Any]]:
         """The ledger's rows in the order of admission, as `arks usage --json` prints them."""
         out = io.StringIO()
-        usage.run(usage.UsageSettings(self.state, True, None, None, None, None, limit), out)  # noqa: FBT003
+        usage.run(usage.UsageSettings(self.state, True, None, None, None, None, limit), out)
         return [json.loads(line) for line in out.getvalue().splitlines()]
 
     async def rows(self, count: int, timeout_s: float = 10.0) -> list[dict[str, Any]]:
         """The rows once there are at least `count`: the journal writes within 100 ms, a disconnect takes a moment."""
-        async with asyncio.timeout(timeout_s):
-            while self.count() < count:
-                await asyncio.sleep(0.03)
+        await until(lambda: self.count() >= count, timeout_s)
         return self.usage()
 
     async def rows_of(self, request_id: str, count: int = 1, timeout_s: float = 10.0) -> list[dict[str, Any]]:
         """The rows of one request, by attempt, once there are `count`."""
-        async with asyncio.timeout(timeout_s):
-            while self.count(request_id) < count:
-                await asyncio.sleep(0.03)
+        await until(lambda: self.count(request_id) >= count, timeout_s)
         found = [row for row in self.usage() if row["request_id"] == request_id]
         assert len(found) == count, found
         return sorted(found, key=lambda row: int(row["attempt"]))
@@ -136,9 +132,7 @@ class Gateway:
     def ext_proc_faults(self) -> dict[str, int]:
         """EXT_PROC_FAULTS that are not zero."""
         stats = self.stats("ext_proc")
-        return {
-            name: value for name, value in stats.items() if value and name.rpartition(".")[2] in EXT_PROC_FAULTS
-        }
+        return {name: value for name, value in stats.items() if value and name.rpartition(".")[2] in EXT_PROC_FAULTS}
 
     def stats(self, pattern: str) -> dict[str, int]:
         """Envoy's own counters whose names match the expression."""
@@ -170,6 +164,13 @@ class Gateway:
         hidden = self.policy / f".{name}.new"
         hidden.write_text(text)
         hidden.replace(self.policy / name)
+
+
+async def until(holds: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    """Poll what another process does. Raises TimeoutError."""
+    async with asyncio.timeout(timeout_s):
+        while not holds():  # noqa: ASYNC110 - nothing here could set an event
+            await asyncio.sleep(0.03)
 
 
 def sum_series(metrics: str, name: str) -> float:
