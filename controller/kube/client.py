@@ -13,6 +13,7 @@ import contextlib
 import copy
 import functools
 from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Self, TypeVar, overload
 
 import aiohttp
@@ -66,6 +67,13 @@ class Page(msgspec.Struct):
 _page: Decode[Page] = msgspec.json.Decoder(Page).decode
 
 
+@dataclass(slots=True)
+class _Pool:
+    """The session, shared by all views of a client whenever they were made."""
+
+    session: aiohttp.ClientSession | None = None
+
+
 class Client:
     """Calls on one API server. Cheap views of it (`fenced`) share its session and counters."""
 
@@ -76,19 +84,19 @@ class Client:
         self.stats = ClientStats()
         self._credentials = credentials
         self._in_flight = asyncio.Semaphore(CALLS_IN_FLIGHT)
-        self._session: aiohttp.ClientSession | None = None
+        self._pool = _Pool()
         self._fence: Fence | None = None
 
     async def __aenter__(self) -> Self:
         # Watches live long, so the pool must not be a limit; calls have one of their own.
         connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=60)
-        self._session = aiohttp.ClientSession(connector=connector, auto_decompress=True)
+        self._pool.session = aiohttp.ClientSession(connector=connector)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        if self._pool.session is not None:
+            await self._pool.session.close()
+            self._pool.session = None
         await self._credentials.close()
 
     def fenced(self, fence: Fence) -> Client:
@@ -336,8 +344,8 @@ class Client:
         headers: Mapping[str, str],
         limits: aiohttp.ClientTimeout,
     ) -> aiohttp.ClientResponse:
-        assert self._session is not None, "use `async with Client(...)`"
-        return await self._session.request(
+        assert self._pool.session is not None, "use `async with Client(...)`"
+        return await self._pool.session.request(
             method,
             access.base_url + path,
             params=params,
