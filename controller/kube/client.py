@@ -381,4 +381,8 @@ def _namespace(body: Mapping[str, Any]) -> str:
 
 
 def _told(error: BaseException) -> str:
-    return "timed out" if isinstance(error, TimeoutError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, TimeoutError):
+        return "timed out"
+    # aiohttp's own text prints objects; what the system said is inside.
+    inner = getattr(error, "certificate_error", None) or getattr(error, "os_error", None) or error
+    return f"{type(error).__name__}: {inner}"

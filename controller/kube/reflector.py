@@ -51,6 +51,7 @@ INACTIVITY_S = 75.0
 BACKOFF_FIRST_S = 0.2
 BACKOFF_MAX_S = 5.0
 ABSENT_AFTER_S = 30.0
+LINES_AT_ONCE = 200
 HEALTHY_S = 5.0  # a stream that ends sooner, and said nothing, counts as a failure
 INITIAL_EVENTS_END = "k8s.io/initial-events-end"
 
@@ -187,9 +188,10 @@ class Reflector(Generic[T]):
                     self._heard()  # a refusal is a sign of life
                 self._note_absence(error)
                 wait_s = max(error.retry_after_s, self._pause(failures))
-                self._log.warning(
-                    "watch broken", error=str(error), retry_in_s=round(wait_s, 2), age_s=round(self.age_s)
-                )
+                if failures & (failures - 1) == 0:  # the 1st, 2nd, 4th, 8th …: an outage is no flood of lines
+                    self._log.warning(
+                        "watch broken", error=str(error), retry_in_s=round(wait_s, 2), age_s=round(self.age_s)
+                    )
             except Exception as error:
                 # A defect of ours or bytes that are no JSON; the next stream may be whole again.
                 self.stats.errors += 1
@@ -282,8 +284,10 @@ class Reflector(Generic[T]):
                     first, *lines = chunk.split(b"\n")
                     seen = self._event(b"".join((*parts, first)), seen)
                     parts = [lines.pop()]
-                    for line in lines:
+                    for count, line in enumerate(lines, 1):
                         seen = self._event(line, seen)
+                        if count % LINES_AT_ONCE == 0:  # a burst must not hold up everyone else on the loop
+                            await asyncio.sleep(0)
         except TimeoutError as error:
             self.stats.silences += 1
             raise UnreachableError(f"silent for {self._inactivity_s:.0f} s") from error
