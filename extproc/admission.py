@@ -10,8 +10,7 @@ import hashlib
 import itertools
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import msgspec
@@ -19,8 +18,7 @@ import msgspec
 from apis.policy import Endpoint
 from extproc import body as bodies
 from extproc.errors import Refused, printable, refused
-from extproc.identity import identify
-from extproc.limits.model import Amounts, Lease, LimitStore, Refusal, Standing, StoreUnavailable
+from extproc.limits.model import Amounts, Context, Lease, LimitStore, Refusal, Standing, StoreUnavailable
 from extproc.picking import Pick, Picker
 from extproc.snapshot.index import Grant, LiveIndex, Principal
 from extproc.usage.bounds import prompt_upper_bound, requested_output
@@ -68,20 +66,15 @@ class Admitted:
 class Admission:
     """Decides, by the policy that is current when it is asked."""
 
-    def __init__(
-        self, live: LiveIndex, store: LimitStore, picker: Picker, *, clock: Callable[[], float] = time.time
-    ) -> None:
+    def __init__(self, live: LiveIndex, store: LimitStore, picker: Picker) -> None:
         self._live = live
         self._store = store
         self._picker = picker
-        self._clock = clock
-        # Unique over restarts and replicas; a counter behind a random prefix costs less than a random id per request.
+        # Unique over restarts and replicas, and growing with time, in which order the ledger keeps its rows; a counter
+        # behind a random prefix costs less than a random id per request.
         self._ids = itertools.count()
-        self._prefix = f"{int(time.time()):x}{os.urandom(5).hex()}"
-        self._plans: dict[Endpoint, _FieldPlan] = {}
-
-    def identify(self, secret: bytes | None) -> Principal | Refused:
-        return identify(self._live.current, secret, self._clock())
+        self._prefix = f"{int(time.time() * 1000):012x}{os.urandom(5).hex()}"
+        self._plans: dict[tuple[str, str], _FieldPlan] = {}
 
     def model_list(self, principal: Principal, model: str | None) -> bytes | Refused:
         """OpenAI's model list as this token may see it, or one entry of it."""
@@ -97,8 +90,8 @@ class Admission:
                 return msgspec.json.encode(entry)
         return self._no_grant(principal, model)
 
-    def admit(self, principal: Principal, api: Api, body: bytes, context: bytes) -> Admitted | Refused:
-        """Judge a whole request. `context` goes into the lease's journal (see `LimitStore.reserve`)."""
+    def admit(self, principal: Principal, api: Api, body: bytes, context: Context) -> Admitted | Refused:
+        """Judge a whole request. `context` makes what the lease's journal keeps (see `LimitStore.reserve`)."""
         fields = bodies.parse(body)
         if isinstance(fields, Refused):
             return fields
@@ -156,8 +149,8 @@ class Admission:
             )
         return refused("model_not_found", f"The model '{printable(model)}' does not exist.", param="model")
 
-    def _reserve(self, grant: Grant, amounts: Amounts, context: bytes) -> Lease | Refused:
-        lease_id = f"{self._prefix}{next(self._ids):x}"
+    def _reserve(self, grant: Grant, amounts: Amounts, context: Context) -> Lease | Refused:
+        lease_id = f"{self._prefix}{next(self._ids):010x}"
         try:
             answer = self._store.reserve(lease_id, grant.rules, amounts, ttl_s=LEASE_TTL_S, context=context)
         except StoreUnavailable:
@@ -166,14 +159,17 @@ class Admission:
                 "The gateway cannot account for requests now. Try again shortly.",
                 headers=(("retry-after", "2"),),
             )
-        return answer if isinstance(answer, Lease) else _limited(answer)
+        if isinstance(answer, Lease):
+            return answer
+        return replace(_limited(answer), limited=(grant.name, answer.rule.kind))
 
     def _plan(self, endpoint: Endpoint) -> "_FieldPlan":
-        plan = self._plans.get(endpoint)
-        if plan is None:
+        key = (endpoint.namespace, endpoint.name)
+        plan = self._plans.get(key)
+        if plan is None or plan.endpoint is not endpoint:
             if len(self._plans) > 10_000:
-                self._plans.clear()  # endpoints that changed or went; rebuilt on demand
-            plan = self._plans[endpoint] = _FieldPlan(endpoint)
+                self._plans.clear()  # endpoints that went; rebuilt on demand
+            plan = self._plans[key] = _FieldPlan(endpoint)
         return plan
 
     def _rewrite(self, endpoint: Endpoint, fields: bodies.Fields, body: bytes, *, hide_usage: bool) -> bytes:
@@ -189,9 +185,10 @@ class Admission:
 class _FieldPlan:
     """What has to be done to the bodies of one endpoint's requests."""
 
-    __slots__ = ("_allowed", "_names", "cache_salt")
+    __slots__ = ("_allowed", "_names", "cache_salt", "endpoint")
 
     def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
         self._allowed = endpoint.allowed_engine_fields
         self._names = frozenset(name for name in _ENGINE_NAMES if not self._allows(name))
         self.cache_salt = ""

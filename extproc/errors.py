@@ -83,6 +83,8 @@ class Refused:
     """the request field at fault"""
     headers: tuple[tuple[str, str], ...] = ()
     """beside content-type and the x-error-* header: retry-after, x-ratelimit-*, allow"""
+    limited: tuple[str, str] | None = None
+    """the endpoint's name and the kind of the limit that refused (rpm, ..., total, concurrency), for the metrics"""
 
     def reply(self) -> bytes:
         """The ext_proc message that answers the client.

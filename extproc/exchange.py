@@ -18,14 +18,15 @@ from extproc.access_log import CLIENT_DISCONNECTED, ENGINE_LOST, STREAM_TIMEOUT,
 from extproc.admission import Admission, Admitted
 from extproc.endpoints import ModelList, route
 from extproc.errors import Refused, refused
-from extproc.identity import secret_of
+from extproc.identity import identify, secret_of
 from extproc.ledger.model import Accuracy, Ledger, UsageRecord
+from extproc.limits.context import encode_context
 from extproc.limits.model import Amounts, LimitStore
 from extproc.messages import Attribute, HeaderNames
 from extproc.observe.metrics import GatewayMetrics
 from extproc.picking import Outcome, Picker
 from extproc.replies import Replies
-from extproc.snapshot.index import Principal
+from extproc.snapshot.index import LiveIndex, Principal
 from extproc.transport.core import CloseReason, GrpcError
 from extproc.usage.model import Api, Tap, Usage
 from extproc.usage.taps import make_tap
@@ -41,7 +42,15 @@ _BY_ENGINE: Final = b"\x1a\x0cvia_upstream"
 """the details of an answer that an engine gave; every other says why Envoy answered itself. `upstream.address` does not
 tell: it also names an engine that was lost before it answered"""
 
-_RESPONSE_BODY_TAG: Final = messages.RESPONSE_BODY << 3 | 2
+_REQUEST_HEADERS: Final = messages.REQUEST_HEADERS << 3 | 2
+_RESPONSE_HEADERS: Final = messages.RESPONSE_HEADERS << 3 | 2
+_REQUEST_BODY: Final = messages.REQUEST_BODY << 3 | 2
+_RESPONSE_BODY: Final = messages.RESPONSE_BODY << 3 | 2
+_NOTHING: Final = Usage(0, 0)
+FIRST_RATIO: Final = 0.25
+"""prompt tokens per byte of an endpoint that has not answered yet"""
+_LEARN_MASK: Final = 7
+"""one request in eight teaches its endpoint's ratio: those admitted in a millisecond divisible by eight"""
 INVALID_ARGUMENT: Final = 3
 CLIENT_CLOSED_REQUEST: Final = 499
 _ENGINE_FAULTS: Final = frozenset({"engine_error", "engine_overloaded", "engine_bad_encoding"})
@@ -56,12 +65,18 @@ _ENDINGS: Final = {
 class Deps:
     """What all exchanges share."""
 
-    __slots__ = ("abandoned", "admission", "ledger", "metrics", "open", "picker", "ratios", "replies", "store")
+    __slots__ = ("abandoned", "admission", "ledger", "live", "metrics", "open", "picker", "ratios", "replies", "store")
 
     def __init__(
-        self, admission: Admission, store: LimitStore, ledger: Ledger, picker: Picker, metrics: GatewayMetrics
+        self,
+        live: LiveIndex,
+        store: LimitStore,
+        ledger: Ledger,
+        picker: Picker,
+        metrics: GatewayMetrics,
     ) -> None:
-        self.admission = admission
+        self.live = live
+        self.admission = Admission(live, store, picker)
         self.store = store
         self.ledger = ledger
         self.picker = picker
@@ -75,66 +90,63 @@ class Deps:
 
 
 class Exchange:
-    """The ext_proc call that accompanies one HTTP request (`transport.core.Call`)."""
+    """The ext_proc call that accompanies one HTTP request (`transport.core.Call`).
 
-    __slots__ = (
-        "_admitted",
-        "_api",
-        "_attempt",
-        "_deps",
-        "_engine",
-        "_failed_by_envoy",
-        "_head",
-        "_principal",
-        "_request_id",
-        "_settled",
-        "_started_s",
-        "_status",
-        "_tap",
-        "_time_ms",
-        "_ttft_s",
-    )
+    Its state begins as class attributes: a request sets what it reaches, and one that is refused sets little.
+    """
+
+    _principal: Principal | None = None
+    _api: Api = "chat"
+    _head: tuple[bytes, int, int] | None = None
+    """the request's headers, until the body has come"""
+    _admitted: Admitted | None = None
+    _tap: Tap | None = None
+    _settled = False
+    _status = 0
+    _failed_by_envoy = ""
+    """stable reason of an answer that Envoy gave in the engine's place"""
+    _request_id = b""
+    _engine = ""
+    _attempt = 1
+    _started_s = 0.0
+    """monotonic"""
+    _time_s = 0.0
+    """Unix time"""
+    _ttft_s: float | None = None
 
     def __init__(self, deps: Deps) -> None:
         self._deps = deps
-        self._principal: Principal | None = None
-        self._api: Api = "chat"
-        self._admitted: Admitted | None = None
-        self._tap: Tap | None = None
-        self._settled = False
-        self._status = 0
-        self._failed_by_envoy = ""
-        self._request_id = ""
-        self._engine = ""
-        self._attempt = 1
-        self._head: tuple[bytes, int, int] | None = None
-        self._started_s = 0.0
-        self._ttft_s: float | None = None
-        self._time_ms = 0
 
     # --- messages -------------------------------------------------------------------------------------------------
 
     def on_message(self, message: bytes) -> bytes | None:
         try:
-            if message[0] == _RESPONSE_BODY_TAG:
-                return self._response_body(*messages.body_of(message))
-            kind, at, end = messages.kind_of(message)
-            if kind == messages.REQUEST_HEADERS:
-                return self._request_headers(message, at, end)
-            if kind == messages.REQUEST_BODY:
-                return self._request_body(messages.body_of(message)[0])
-            if kind == messages.RESPONSE_HEADERS:
-                return self._response_headers(message, at, end)
-            if kind == messages.RESPONSE_BODY:
-                return self._response_body(*messages.body_of(message))
-        except (messages.BadMessage, IndexError):
+            kind = message[0] if message else 0
+            if kind == _RESPONSE_BODY:
+                return self._response_body(message)
+            if kind == _REQUEST_HEADERS:
+                return self._request_headers(message)
+            if kind == _REQUEST_BODY:
+                return self._request_body(message)
+            if kind == _RESPONSE_HEADERS:
+                return self._response_headers(message)
+            return self._other(message)
+        except messages.BadMessage:
             raise GrpcError(INVALID_ARGUMENT, "not an ext_proc message") from None
+
+    def _other(self, message: bytes) -> bytes | None:
+        """Trailers; kinds that newer Envoys may send, which await no reply; and fields in an order of their own."""
+        kind, at, end = messages.kind_of(message)
         if kind == messages.REQUEST_TRAILERS:
             return messages.CONTINUE_REQUEST_TRAILERS
         if kind == messages.RESPONSE_TRAILERS:
             self._settle_complete()
             return messages.CONTINUE_RESPONSE_TRAILERS
-        return None  # a message without a kind we know: newer Envoys may send such, and await no reply
+        if kind == 0 or message[0] >> 3 == kind:
+            return None
+        ordered = messages.field(kind, message[at:end])
+        attributes = messages.attributes_of(message, 0)
+        return self.on_message(ordered + messages.field(messages.ATTRIBUTES, message[slice(*attributes)]))
 
     def on_half_close(self) -> None:
         """Envoy has no more to send; what is to be settled is settled at the close."""
@@ -145,15 +157,15 @@ class Exchange:
 
     # --- request --------------------------------------------------------------------------------------------------
 
-    def _request_headers(self, message: bytes, at: int, end: int) -> bytes:
-        at, end, no_body = messages.headers_of(message, at, end)
-        self._started_s = time.monotonic()
-        self._time_ms = int(time.time() * 1000)
+    def _request_headers(self, message: bytes) -> bytes:
+        at, end, no_body, _ = messages.headers_of(message)
         method, path, authorization, request_id = _REQUEST.find(message, at, end)
-        if request_id is not None:
-            self._request_id = request_id.decode("latin-1")
+        self._started_s = time.monotonic()
+        self._time_s = now_s = time.time()
+        if request_id:
+            self._request_id = request_id
         secret = secret_of(authorization) or _API_KEY.find(message, at, end)[0]
-        principal = self._deps.admission.identify(secret)
+        principal = identify(self._deps.live.current, secret, now_s)
         if isinstance(principal, Refused):
             return self._refuse(principal)
         self._principal = principal
@@ -165,7 +177,6 @@ class Exchange:
         if no_body:
             return self._refuse(refused("body_required", "Send a JSON body."))
         self._api = asked.api
-        # Kept for the two headers that matter with some bodies only.
         self._head = (message, at, end)
         return messages.CONTINUE_REQUEST_HEADERS
 
@@ -175,49 +186,58 @@ class Exchange:
             return self._refuse(listing)
         return messages.immediate_response(200, _JSON, listing, "arks_models")
 
-    def _request_body(self, body: bytes) -> bytes:
-        principal = self._principal
-        if principal is None or self._admitted is not None:
+    def _request_body(self, message: bytes) -> bytes:
+        body, _ = messages.body_of(message)
+        principal, head, deps = self._principal, self._head, self._deps
+        if principal is None or head is None:
             raise GrpcError(INVALID_ARGUMENT, "a request body out of turn; is request_body_mode BUFFERED?")
-        deps = self._deps
-        admitted = deps.admission.admit(principal, self._api, body, b"")
-        head, self._head = self._head, None
-        assert head is not None
+        self._head = None
+        admitted = deps.admission.admit(principal, self._api, body, self._lease_context)
         if isinstance(admitted, Refused):
             if admitted.reason.code == "invalid_json" and (_ENCODING.find(*head)[0] or b"identity") != b"identity":
                 admitted = refused("unsupported_encoding", "Send the request body uncompressed.")
             return self._refuse(admitted)
         self._admitted = admitted
-        pick = admitted.pick
-        self._engine = pick.addresses[0]
-        deps.picker.begin(self._engine)
+        engines = admitted.pick.addresses
+        self._engine = engine = engines[0]
+        deps.picker.begin(engine)
         deps.open += 1
         token, endpoint, changed = principal.token, admitted.endpoint, admitted.body
-        who = (token.namespace, token.name, endpoint.model, endpoint.name, pick.addresses)
+        who = (token.namespace, token.name, endpoint.model, endpoint.name, engines)
         if changed is None:
             return deps.replies.admitted(who)
         return deps.replies.changed(who, changed, resize=_LENGTH.find(*head)[0] is not None)
+
+    def _lease_context(self) -> bytes:
+        """What the ledger is told if nobody settles the lease: asked for by the journal, from its own thread."""
+        if self._admitted is None:
+            return b""
+        return encode_context(self._record(self._engine, 0, _NOTHING, "estimated", ""))
 
     def _refuse(self, answer: Refused) -> bytes:
         principal = self._principal
         namespace = principal.token.namespace if principal is not None else ""
         self._deps.metrics.refused(namespace, answer.reason.code)
+        if answer.limited is not None and principal is not None:
+            self._deps.metrics.rate_limited(namespace, *answer.limited, principal.token.name)
         return answer.reply()
 
     # --- response -------------------------------------------------------------------------------------------------
 
-    def _response_headers(self, message: bytes, at: int, end: int) -> bytes:
-        attributes = messages.attributes_of(message, end)
-        at, end, no_body = messages.headers_of(message, at, end)
+    def _response_headers(self, message: bytes) -> bytes:
+        at, end, no_body, behind = messages.headers_of(message)
         status, content_type, encoding = _RESPONSE.find(message, at, end)
         self._status = int(status) if status and status.isdigit() else 0
-        admitted = self._admitted
-        served = _UPSTREAM.text(message, *attributes)
-        if admitted is not None and served is not None and served != self._engine:
-            self._moved_to(served)
-        details = _DETAILS.find(message, *attributes)
-        if details is not None and details != _BY_ENGINE:
-            return self._answered_by_envoy()
+        admitted, replies = self._admitted, self._deps.replies
+        # The usual answer is the picked engine's own: two looks for what Envoy then says, instead of reading it.
+        if message.find(replies.served_by(self._engine), behind) < 0 or message.find(_BY_ENGINE, behind) < 0:
+            attributes = messages.attributes_of(message, behind)
+            served = _UPSTREAM.text(message, *attributes)
+            if admitted is not None and served is not None and served != self._engine:
+                self._moved_to(served)
+            details = _DETAILS.find(message, *attributes)
+            if details is not None and details != _BY_ENGINE:
+                return self._answered_by_envoy()
         if admitted is None:
             return messages.CONTINUE_RESPONSE_HEADERS
         if no_body:
@@ -227,10 +247,10 @@ class Exchange:
                 self._api,
                 stream=admitted.stream,
                 content_type=(content_type or b"").decode("latin-1"),
-                content_encoding=(encoding or b"").decode("latin-1"),
+                content_encoding=encoding.decode("latin-1") if encoding else "",
                 hide_usage=admitted.hide_usage,
             )
-        mutation = self._deps.replies.standing(admitted.lease)
+        mutation = replies.standing(admitted.lease)
         if admitted.hide_usage:
             mutation += _CHANGED_LENGTH
             if self._tap is not None and self._tap.decodes:
@@ -264,18 +284,19 @@ class Exchange:
         deps = self._deps
         first = self._engine
         deps.picker.end(first, Outcome.UNREACHABLE)
-        self._write(first, 503, Usage(0, 0), "exact", "engine_unreachable")
+        deps.ledger.append(self._record(first, 503, _NOTHING, "exact", "engine_unreachable"))
         deps.picker.begin(served)
         self._engine = served
         self._attempt = 2
 
-    def _response_body(self, body: bytes, end_of_stream: bool) -> bytes:
+    def _response_body(self, message: bytes) -> bytes:
+        chunk, end_of_stream = messages.body_of(message)
         tap = self._tap
         if tap is None:
             if end_of_stream:
                 self._settle_complete()
             return messages.CONTINUE_RESPONSE_BODY
-        changed = tap.feed(body, end_of_stream)
+        changed = tap.feed(chunk, end_of_stream)
         if self._ttft_s is None and tap.started:
             self._ttft_s = time.monotonic() - self._started_s
         if end_of_stream:
@@ -293,18 +314,17 @@ class Exchange:
         if self._failed_by_envoy or status >= 500:
             # No work that anyone could use was done: neither tokens nor the request itself are charged.
             outcome = Outcome.UNREACHABLE if self._failed_by_envoy else Outcome.FAILED
-            self._finish(Usage(0, 0), "exact", self._failed_by_envoy or "engine_error", outcome, charge=False)
+            self._settle(_NOTHING, "exact", self._failed_by_envoy or "engine_error", outcome, charge=False)
         elif tap is None:
-            self._finish(Usage(0, 0), "exact", "" if status < 400 else "engine_refused")
+            self._settle(_NOTHING, "exact", "" if status < 400 else "engine_refused", Outcome.OK)
         else:
             outcome = Outcome.FAILED if tap.error in _ENGINE_FAULTS else Outcome.OK
             if tap.usage is not None and tap.final:
-                self._learn(admitted, tap.usage)
-                self._finish(tap.usage, "exact", tap.error, outcome)
+                self._settle(tap.usage, "exact", tap.error, outcome)
             elif tap.error and not tap.delivered_tokens():
-                self._finish(Usage(0, 0), "exact", tap.error, outcome, charge=False)
+                self._settle(_NOTHING, "exact", tap.error, outcome, charge=False)
             else:
-                self._finish(self._estimate(admitted), "estimated", tap.error, outcome)
+                self._settle(self._estimate(admitted), "estimated", tap.error, outcome)
 
     def _settle_abandoned(self) -> None:
         """The stream is gone and the answer's end was not seen: the client left, or the engine was lost on the way.
@@ -328,14 +348,14 @@ class Exchange:
 
         def told(reason: str) -> None:
             self._status, outcome = _ENDINGS[reason]
-            self._close(usage, accuracy, (tap.error if tap is not None else "") or reason, outcome)
+            self._book(usage, accuracy, (tap.error if tap is not None else "") or reason, outcome)
 
-        deps.abandoned.wait(self._request_id, told)
+        deps.abandoned.wait(self._request_id.decode("latin-1"), told)
 
     def _estimate(self, admitted: Admitted) -> Usage:
         """The prompt by the endpoint's learned ratio to its upper bound, the answer by what was delivered."""
         endpoint = admitted.endpoint
-        ratio = self._deps.ratios.get((endpoint.namespace, endpoint.name), 0.25)
+        ratio = self._deps.ratios.get((endpoint.namespace, endpoint.name), FIRST_RATIO)
         prompt = min(admitted.reserved.prompt, int(admitted.reserved.prompt * ratio) + 1)
         tap = self._tap
         if tap is None:
@@ -347,17 +367,7 @@ class Exchange:
             return Usage(prompt, delivered)
         return seen._replace(completion=max(seen.completion, delivered))
 
-    def _learn(self, admitted: Admitted, usage: Usage) -> None:
-        bound = admitted.reserved.prompt
-        if bound > 0 and usage.prompt > 0:
-            endpoint = admitted.endpoint
-            key = (endpoint.namespace, endpoint.name)
-            ratios = self._deps.ratios
-            ratios[key] = 0.95 * ratios.get(key, 0.25) + 0.05 * usage.prompt / bound
-
-    def _finish(
-        self, usage: Usage, accuracy: Accuracy, error: str, outcome: Outcome = Outcome.OK, *, charge: bool = True
-    ) -> None:
+    def _settle(self, usage: Usage, accuracy: Accuracy, error: str, outcome: Outcome, *, charge: bool = True) -> None:
         self._settled = True
         admitted, store = self._admitted, self._deps.store
         assert admitted is not None
@@ -365,63 +375,49 @@ class Exchange:
             store.settle(admitted.lease, Amounts(1, usage.prompt, usage.completion))
         else:
             store.release(admitted.lease)
-        self._close(usage, accuracy, error, outcome)
+        self._book(usage, accuracy, error, outcome)
 
-    def _close(self, usage: Usage, accuracy: Accuracy, error: str, outcome: Outcome) -> None:
+    def _book(self, usage: Usage, accuracy: Accuracy, error: str, outcome: Outcome) -> None:
         """What is settled goes into the books."""
         admitted, deps = self._admitted, self._deps
         assert admitted is not None
         deps.open -= 1
         deps.picker.end(self._engine, outcome)
-        duration_s = self._write(self._engine, self._status, usage, accuracy, error)
-        endpoint = admitted.endpoint
-        deps.metrics.request_done(
-            (endpoint.namespace, endpoint.name),
-            self._status,
-            error,
-            duration_s,
-            self._ttft_s,
-            usage.prompt,
-            usage.completion,
-            usage.cached,
-            accuracy,
-            admitted.stream,
-            self._api,
-            self._principal.token.name if self._principal is not None else "",
-        )
+        record = self._record(self._engine, self._status, usage, accuracy, error)
+        deps.ledger.append(record)
+        deps.metrics.ended.append(record)
+        bound = admitted.reserved.prompt
+        if accuracy == "exact" and usage.prompt and bound and not record.time_ms & _LEARN_MASK:
+            key = (record.namespace, record.endpoint)
+            deps.ratios[key] = 0.9 * deps.ratios.get(key, FIRST_RATIO) + 0.1 * usage.prompt / bound
 
-    def _write(self, engine: str, status: int, usage: Usage, accuracy: Accuracy, error: str) -> float:
-        """Append the attempt's row; returns its duration in seconds."""
+    def _record(self, engine: str, status: int, usage: Usage, accuracy: Accuracy, error: str) -> UsageRecord:
         admitted, principal = self._admitted, self._principal
         assert admitted is not None
         assert principal is not None
-        duration_s = time.monotonic() - self._started_s
-        token, endpoint = principal.token, admitted.endpoint
-        ttft_s = self._ttft_s
-        self._deps.ledger.append(
-            UsageRecord(
-                admitted.lease.id,
-                self._attempt,
-                self._request_id,
-                self._time_ms,
-                token.name,
-                token.namespace,
-                endpoint.model,
-                endpoint.name,
-                engine,
-                status,
-                usage.prompt,
-                usage.completion,
-                usage.cached,
-                usage.reasoning,
-                accuracy,
-                admitted.stream,
-                int(duration_s * 1000),
-                None if ttft_s is None else int(ttft_s * 1000),
-                error,
-            )
+        token, endpoint, ttft_s = principal.token, admitted.endpoint, self._ttft_s
+        return UsageRecord(
+            admitted.lease.id,
+            self._attempt,
+            self._request_id.decode("latin-1"),
+            int(self._time_s * 1000),
+            token.name,
+            token.namespace,
+            endpoint.model,
+            endpoint.name,
+            engine,
+            status,
+            usage.prompt,
+            usage.completion,
+            usage.cached,
+            usage.reasoning,
+            accuracy,
+            admitted.stream,
+            int((time.monotonic() - self._started_s) * 1000),
+            None if ttft_s is None else int(ttft_s * 1000),
+            error,
+            self._api,
         )
-        return duration_s
 
 
 _JSON: Final = messages.set_header("content-type", b"application/json")
