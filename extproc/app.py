@@ -20,7 +20,6 @@ import structlog
 from apis.eds import write_eds
 from apis.policy import Policy
 from extproc import access_log
-from extproc.admission import Admission
 from extproc.exchange import Deps, Exchange
 from extproc.http.admin import AdminServer, Check
 from extproc.journal.errors import JournalError
@@ -33,7 +32,7 @@ from extproc.observe.lag import LoopLag
 from extproc.observe.metrics import GatewayMetrics
 from extproc.picking import Picker
 from extproc.settings import ExtprocSettings
-from extproc.snapshot.errors import PolicyErrors
+from extproc.snapshot.errors import Note, PolicyErrors
 from extproc.snapshot.folder import FolderSource, Notes
 from extproc.snapshot.index import LiveIndex
 from extproc.transport import grpc_aio, h2
@@ -46,6 +45,8 @@ log = structlog.get_logger("extproc")
 
 EXT_PROC: Final = "envoy.service.ext_proc.v3.ExternalProcessor"
 TICK_S: Final = 1.0
+MOST_NOTES: Final = 50
+"""logged at one change; /readyz has them all"""
 
 
 async def run(settings: ExtprocSettings) -> int:
@@ -74,12 +75,12 @@ class Gateway:
         self._metrics = GatewayMetrics(per_token=settings.metrics_per_token)
         self._live = LiveIndex()
         self._lag = LoopLag()
-        admission = Admission(self._live, self._store, self._picker)
-        self._deps = Deps(admission, self._store, ledger, self._picker, self._metrics)
+        self._deps = Deps(self._live, self._store, ledger, self._picker, self._metrics)
         self._source = FolderSource(settings.policy_dir, self._on_policy, self._on_policy_error)
         self._health = Health([EXT_PROC, access_log.SERVICE])
         self._serving = self._draining = False
         self._pending: Policy | None = None
+        self._notes: frozenset[Note] = frozenset()
         self._changed = asyncio.Event()
         self._engines: frozenset[str] = frozenset()
 
@@ -153,8 +154,9 @@ class Gateway:
     # --- policy ---------------------------------------------------------------------------------------------------
 
     def _on_policy(self, policy: Policy, notes: Notes) -> None:
-        for note in notes:
+        for note in [note for note in notes if note not in self._notes][:MOST_NOTES]:
             log.info("policy note", note=str(note))
+        self._notes = frozenset(notes)
         self._pending = policy
         self._changed.set()
 
@@ -187,9 +189,10 @@ class Gateway:
 
     async def _keep_house(self) -> None:
         while True:
-            await asyncio.sleep(TICK_S)
+            for _ in range(4):
+                await asyncio.sleep(TICK_S / 4)
+                self._metrics.count_ended()
             self._store.tick()
-            self._journal.check()
 
     def _checks(self) -> dict[str, Callable[[], Check]]:
         return {

@@ -42,10 +42,11 @@ _MOST: Final = 50_000
 class Replies:
     """The caches. One per process."""
 
-    __slots__ = ("_standings", "_whole")
+    __slots__ = ("_served", "_standings", "_whole")
 
     def __init__(self) -> None:
         self._whole: dict[Who, bytes] = {}
+        self._served: dict[str, bytes] = {}
         self._standings: dict[tuple[str, int, int, int], tuple[bytes, bytes, bytes]] = {}
 
     def admitted(self, who: Who) -> bytes:
@@ -80,6 +81,16 @@ class Replies:
             "arks", messages.string_struct(decision)
         )
         return messages.request_body_reply(mutation, metadata, body)
+
+    def served_by(self, engine: str) -> bytes:
+        """How Envoy's attribute says that this engine answered."""
+        found = self._served.get(engine)
+        if found is None:
+            if len(self._served) > _MOST:
+                self._served.clear()
+            value = messages.field(3, engine.encode())
+            found = self._served[engine] = messages.field(1, b"upstream.address") + messages.field(2, value)
+        return found
 
     def standing(self, lease: Lease) -> bytes:
         """Header mutations that tell how much is left: x-ratelimit-*."""

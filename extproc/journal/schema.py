@@ -23,7 +23,7 @@ MIGRATIONS = (
         engine TEXT NOT NULL, status INTEGER NOT NULL, prompt_tokens INTEGER NOT NULL,
         completion_tokens INTEGER NOT NULL, cached_tokens INTEGER NOT NULL, reasoning_tokens INTEGER NOT NULL,
         accuracy TEXT NOT NULL, stream INTEGER NOT NULL, duration_ms INTEGER NOT NULL, ttft_ms INTEGER,
-        error TEXT NOT NULL, PRIMARY KEY (id, attempt)
+        error TEXT NOT NULL, api TEXT NOT NULL, PRIMARY KEY (id, attempt)
     ) WITHOUT ROWID;
     CREATE INDEX usage_time ON usage (time_ms);
     """,

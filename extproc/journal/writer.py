@@ -29,7 +29,7 @@ from extproc.journal.model import JournalSettings, JournalStatus, Row, Source, S
 from extproc.journal.retention import Retention
 
 CHUNK_ROWS = 1024
-"""times the widest table's 19 columns stays below SQLite's 32 766 variables"""
+"""times the widest table's 20 columns stays below SQLite's 32 766 variables"""
 BATCH_ROWS = 16_384
 """in one transaction from one source: a backlog is worked off in pieces that each take well below a second"""
 STALL_S = 5.0

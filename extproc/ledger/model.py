@@ -4,6 +4,8 @@ from typing import Literal, Protocol, TypeAlias
 
 import msgspec
 
+from extproc.usage.model import Api
+
 Accuracy: TypeAlias = Literal["exact", "estimated"]
 
 LEASE_EXPIRED = "lease_expired"
@@ -39,6 +41,7 @@ class UsageRecord(msgspec.Struct, frozen=True, gc=False):
     """headers of the request to the first content event; None where none came"""
     error: str = ""
     """stable reason, empty for success"""
+    api: Api = "chat"
 
 
 class Ledger(Protocol):

@@ -21,7 +21,7 @@ from extproc.journal.writer import Journal
 from extproc.ledger.model import Ledger
 from extproc.limits.context import expired_record
 from extproc.limits.counter import CONCURRENT, NEVER, UNITS, Asked, Counter, Plan
-from extproc.limits.model import Amounts, Lease, Refusal, Rule, Standing, StoreUnavailable
+from extproc.limits.model import Amounts, Context, Lease, Refusal, Rule, Standing, StoreUnavailable
 from extproc.limits.refusal import refusal
 from extproc.limits.saved import Holds, SavedLimits
 from extproc.limits.views import CounterView, StoreStats
@@ -77,7 +77,7 @@ class MemoryStore:
     # -- the hot path
 
     def reserve(
-        self, lease_id: str, rules: tuple[Rule, ...], amounts: Amounts, *, ttl_s: float, context: bytes = b""
+        self, lease_id: str, rules: tuple[Rule, ...], amounts: Amounts, *, ttl_s: float, context: Context = bytes
     ) -> Lease | Refusal:
         """All rules or none. Raises StoreUnavailable; ValueError for an id that is open or an amount out of range."""
         now = self._clock()
@@ -231,7 +231,7 @@ class MemoryStore:
         self._clean(now)
 
     def _expire(self, lease: Lease, now: float) -> None:
-        plan, at_s, book, expires_s, context = lease.holds
+        plan, at_s, book, expires_s, made = lease.holds
         lease.holds = (plan, at_s, None, expires_s, b"")
         book.pop(lease.id)
         self.stats.expired += 1
@@ -244,6 +244,7 @@ class MemoryStore:
                 if unit == CONCURRENT:
                     counter.taken -= 1
         self._saved_changed(plan)
+        context = made() if self._ledger is not None else b""
         if self._ledger is not None and context:
             try:
                 self._ledger.append(expired_record(context, lease.amounts, now))

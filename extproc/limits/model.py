@@ -4,6 +4,7 @@ Windows are fixed and aligned to UTC (as Arks counts them): a request belongs to
 also when it ends in a later one. `window_s` 0 is a lifetime counter (quota).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
@@ -73,6 +74,10 @@ class Refusal:
     tokens: Standing | None
 
 
+Context: TypeAlias = Callable[[], bytes]
+"""makes a lease's context. Few leases live long enough to be saved, so it is not made at admission. Any thread."""
+
+
 class StoreUnavailable(Exception):  # noqa: N818 - a state of the store, mapped to gRPC UNAVAILABLE
     """The store can neither admit nor refuse now."""
 
@@ -81,9 +86,9 @@ class LimitStore(Protocol):
     """Exact under concurrency: the admitted sum of a counter never passes its limit by one."""
 
     def reserve(
-        self, lease_id: str, rules: tuple[Rule, ...], amounts: Amounts, *, ttl_s: float, context: bytes = b""
+        self, lease_id: str, rules: tuple[Rule, ...], amounts: Amounts, *, ttl_s: float, context: Context = bytes
     ) -> Lease | Refusal:
-        """All rules or none. `context` travels with the lease's journal entry and comes back when it expires."""
+        """All rules or none. `context` is asked for what travels with the lease when it is saved, or expires."""
 
     def settle(self, lease: Lease, actual: Amounts) -> None:
         """Charge what was used and return the rest. A second call for the same lease does nothing."""

@@ -8,6 +8,7 @@ opened. So a charge that was read always has its lease's end read with it.
 Leases that open and close between two flushes are never written at all.
 """
 
+import functools
 import threading
 from typing import TypeAlias
 
@@ -17,7 +18,7 @@ from extproc.journal.errors import StateUnreadable
 from extproc.journal.model import Row, Statement
 from extproc.journal.writer import Journal
 from extproc.limits.counter import CONCURRENT, Counter, Plan
-from extproc.limits.model import Amounts, Lease
+from extproc.limits.model import Amounts, Context, Lease
 
 _COUNTERS = Statement("INSERT OR REPLACE INTO counters (key, window_s, start_s, used) VALUES", 4)
 _OPENED = Statement(
@@ -29,7 +30,7 @@ _LARGEST = (1 << 63) - 1
 _HOLDS = msgspec.msgpack.Decoder(list[tuple[str, int, int]])
 
 
-Holds: TypeAlias = tuple[Plan, float, dict[str, Lease] | None, float, bytes]
+Holds: TypeAlias = tuple[Plan, float, dict[str, Lease] | None, float, Context]
 """`Lease.holds` while the store still knows the lease; None once it is settled.
 
 (plan, the store's time of admission: a counter whose window began later is not this lease's any more, the book where
@@ -82,7 +83,8 @@ class SavedLimits:
             for counter, unit in plan.holds:
                 counter.taken += taken[unit]
                 counter.concurrent = unit == CONCURRENT
-            leases.append(Lease(lease_id, amounts, None, None, (plan, at_s, None, expires_s, context)))
+            made = functools.partial(bytes, context)
+            leases.append(Lease(lease_id, amounts, None, None, (plan, at_s, None, expires_s, made)))
         self._written.update(lease.id for lease in leases)
         return leases
 
@@ -125,7 +127,7 @@ class SavedLimits:
             if holds is not None:
                 plan, at_s, book, expires_s, context = holds
                 if book is not None:
-                    self._inserts[lease.id] = (lease.id, at_s, expires_s, *lease.amounts, plan.ruleset, context)
+                    self._inserts[lease.id] = (lease.id, at_s, expires_s, *lease.amounts, plan.ruleset, context())
                     if plan.ruleset not in self._known:
                         self._rulesets[plan.ruleset] = (plan.ruleset, plan.blob)
 

@@ -47,7 +47,7 @@ class Load:
     def one(self, n: int) -> None:
         if self.store is not None:
             lease = self.store.reserve(
-                f"{n:016x}-abcdef", self.rules[n % 1000], Amounts(1, 100, 4096), ttl_s=600, context=b"x" * 200
+                f"{n:016x}-abcdef", self.rules[n % 1000], Amounts(1, 100, 4096), ttl_s=600, context=lambda: b"x" * 200
             )
             assert isinstance(lease, Lease)
             self.leases.append(lease)

@@ -159,7 +159,7 @@ def test_expired_lease_is_charged_as_reserved_and_leaves_an_estimated_row():
     store = MemoryStore(clock=clock, ledger=rows)
     rules = (tpd(1000), concurrency(1))
     started = record("a", status=200, prompt_tokens=0, completion_tokens=0, accuracy="exact", duration_ms=0)
-    lease = admitted(store.reserve("a", rules, ONE, ttl_s=30, context=encode_context(started)))
+    lease = admitted(store.reserve("a", rules, ONE, ttl_s=30, context=lambda: encode_context(started)))
     clock.now_s += 29.9
     store.tick()
     assert store.open_leases == 1

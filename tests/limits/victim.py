@@ -25,7 +25,7 @@ async def work(state_dir: Path) -> None:
     journal.start()
     for n in range(HELD):
         context = encode_context(record(f"held-{n}"))
-        admitted(store.reserve(f"held-{n}", RULES, ONE, ttl_s=3600, context=context))
+        admitted(store.reserve(f"held-{n}", RULES, ONE, ttl_s=3600, context=lambda context=context: context))
     n = 0
     while True:
         lease = admitted(store.reserve(f"r{n}", RULES, ONE, ttl_s=60))
