@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_up(commands)
     _add_extproc(commands)
+    _add_controller(commands)
     _add_usage(commands)
     return parser
 
@@ -204,6 +205,45 @@ def extproc_settings(parser: argparse.ArgumentParser, chosen: argparse.Namespace
         eds_file=chosen.eds_file,
         metrics_per_token=chosen.metrics_per_token,
     )
+
+
+def _add_controller(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "controller",
+        help="run the Kubernetes controller",
+        description="Turn arks.ai/v1 resources of a cluster into workloads and routes until SIGTERM. Of several "
+        "replicas one writes, by a Lease. Inside a pod its service account is used, elsewhere a kubeconfig.",
+    )
+    text = "A kubeconfig file."
+    shown = "the pod's account, $KUBECONFIG or ~/.kube/config"
+    options.add_flag(parser, "--kubeconfig", options.existing_file, None, text, metavar="FILE", shown=shown)
+    options.add_flag(parser, "--context", options.text, None, "Which of the kubeconfig's contexts.", metavar="NAME")
+    text, shown = "Where the Lease is kept.", "the pod's own"
+    options.add_flag(parser, "--namespace", options.text, None, text, metavar="NAME", shown=shown)
+    text = "Where /healthz, /readyz and /metrics are served. Keep it private."
+    options.add_flag(parser, "--admin", options.host_port, "127.0.0.1:8081", text, metavar="HOST:PORT")
+    _logging(parser)
+    parser.set_defaults(run=_run_controller)
+
+
+def _run_controller(chosen: argparse.Namespace) -> int:
+    configure_logging(chosen.log_level, chosen.log_format)
+    from controller.app import run  # noqa: PLC0415 - loads the Kubernetes side, for this command alone
+    from controller.kube.errors import CredentialsError  # noqa: PLC0415
+    from controller.settings import ControllerSettings  # noqa: PLC0415
+
+    given = {"namespace": chosen.namespace} if chosen.namespace else {}
+    settings = ControllerSettings(
+        kubeconfig=str(chosen.kubeconfig) if chosen.kubeconfig else None,
+        context=chosen.context,
+        admin_host=chosen.admin.host,
+        admin_port=chosen.admin.port,
+        **given,
+    )
+    try:
+        return asyncio.run(run(settings))
+    except CredentialsError as error:
+        raise ArksError(str(error)) from error
 
 
 def _add_usage(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
