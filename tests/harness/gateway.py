@@ -1,8 +1,8 @@
 """The product as a user runs it: `arks up` with real Envoy, and simulated engines in processes of their own.
 
 `running_gateway` and `running_engine` start one and stop it; all listens on free ports and keeps its state in the
-test's own folder. Envoy's counters are the oracle for what ext_proc really exchanged: `running_gateway` ends with a look at
-those that count a misuse of the protocol (`EXT_PROC_FAULTS`).
+test's own folder. Envoy's counters are the oracle for what ext_proc really exchanged: `running_gateway` ends with a
+look at those that count a misuse of the protocol (`EXT_PROC_FAULTS`).
 """
 
 import asyncio

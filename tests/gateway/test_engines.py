@@ -1,0 +1,191 @@
+"""Engines that die, come back, or are to get a share: no request is lost that could have been served elsewhere."""
+
+import asyncio
+import json
+import re
+import signal
+import uuid
+from collections import Counter
+
+import pytest
+
+from tests.harness.client import CHAT, bearer, chat
+from tests.harness.gateway import backend, endpoint, policy, route, running_engine, running_gateway, token, until
+
+ALICE = bearer("sk-alice")
+MODELS = ("qwen-7b", "weighted", "one-sided", "nobody")
+FLAGS = ("--allow-fault-headers", *(part for model in MODELS[1:] for part in ("--model", model)))
+
+FIT = re.compile(r'^arks_engine_healthy\{engine="(.+)"\} 1\.0$', re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def addresses():
+    """Two engines' addresses, which stay theirs over restarts."""
+    with running_engine() as one, running_engine() as other:
+        return one.address, other.address
+
+
+@pytest.fixture
+def engines(addresses):
+    with running_engine(*FLAGS, listen=addresses[0]) as one, running_engine(*FLAGS, listen=addresses[1]) as other:
+        yield one, other
+
+
+@pytest.fixture(scope="module")
+def gateway(addresses, tmp_path_factory):
+    one, other = addresses
+    text = policy(
+        endpoint(),
+        endpoint("weighted", routeConfigs=[route("one", 90), route("other", 10)]),
+        endpoint("one-sided", routeConfigs=[route("one", 0), route("other", 1)]),
+        endpoint("nobody", routeConfigs=[route("one", 0)]),
+        backend("one", one),
+        backend("other", other),
+        token("alice", "sk-alice", endpoints=MODELS, rates={"rpm": 10**6}),
+    )
+    with running_gateway(tmp_path_factory.mktemp("engines"), text, [f"http://{one}", f"http://{other}"]) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+async def both_fit(gateway, engines, session):
+    await until_fit(gateway, session, *(engine.address for engine in engines))
+
+
+async def until_fit(gateway, session, *wanted: str) -> None:
+    """Until exactly these engines may be picked."""
+    async with asyncio.timeout(15):
+        while True:
+            metrics = await gateway.metrics(session)
+            if set(FIT.findall(metrics)) == set(wanted):
+                return
+            await asyncio.sleep(0.03)
+
+
+async def ask(gateway, session, fault="", **fields):
+    """(status, error code or "", request id) of one request."""
+    headers = {**ALICE, "x-request-id": str(uuid.uuid4()), **({"x-sim-fault": fault} if fault else {})}
+    async with session.post(gateway.url + CHAT, json=chat(max_tokens=2, **fields), headers=headers) as answer:
+        body = json.loads(await answer.read())
+    return answer.status, body.get("error", {}).get("code", "") if answer.status != 200 else "", headers["x-request-id"]
+
+
+async def test_shares_follow_the_weights_exactly(gateway, engines, session):
+    before = gateway.count()
+    for _ in range(100):
+        assert (await ask(gateway, session, model="weighted"))[0] == 200
+    served = Counter(row["engine"] for row in (await gateway.rows(before + 100))[before:])
+    assert served == {engines[0].address: 90, engines[1].address: 10}
+
+
+async def test_weight_0_gets_nothing_not_even_a_retry(gateway, engines, session):
+    before = gateway.count()
+    for _ in range(10):
+        assert (await ask(gateway, session, model="one-sided"))[0] == 200
+    status, code, _ = await ask(gateway, session, "close", model="one-sided")
+    assert (status, code) == (503, "engine_unreachable")
+    served = {row["engine"] for row in (await gateway.rows(before + 11))[before:]}
+    assert served == {engines[1].address}
+    assert (await ask(gateway, session, model="nobody"))[:2] == (503, "no_healthy_engine")
+
+
+async def test_requests_spread_over_equal_engines(gateway, engines, session):
+    before = gateway.count()
+    for _ in range(10):
+        await ask(gateway, session)
+    served = Counter(row["engine"] for row in (await gateway.rows(before + 10))[before:])
+    assert set(served.values()) == {5}
+
+
+async def test_engine_killed_before_it_answers_costs_nobody_an_answer(gateway, engines, session):
+    """Every request that the dead engine held is asked again of the other; both attempts are in the ledger."""
+    victim, other = engines
+    before = gateway.count()
+    held = [asyncio.create_task(ask(gateway, session, "first_byte_delay_ms=1500")) for _ in range(10)]
+    await asyncio.sleep(0.5)
+    victim.kill()
+    answers = await asyncio.gather(*held)
+    assert {status for status, _, _ in answers} == {200}
+    rows = (await gateway.rows(before + 15))[before:]
+    assert len(rows) == 15
+    for _, _, request_id in answers:
+        attempts = sorted((row for row in rows if row["request_id"] == request_id), key=lambda row: row["attempt"])
+        assert (attempts[-1]["engine"], attempts[-1]["status"]) == (other.address, 200)
+        assert attempts[-1]["completion_tokens"] == 2
+        if len(attempts) == 2:
+            lost = attempts[0]
+            assert (lost["attempt"], lost["engine"], lost["error"]) == (1, victim.address, "engine_unreachable")
+            assert (lost["prompt_tokens"], lost["completion_tokens"]) == (0, 0)
+            assert lost["id"] == attempts[1]["id"]
+            assert attempts[1]["attempt"] == 2
+
+
+async def test_dead_engine_is_met_at_most_once_and_never_again_before_it_answers(gateway, engines, session, addresses):
+    victim = engines[0]
+    before = gateway.count()
+    victim.kill()
+    for _ in range(40):
+        assert (await ask(gateway, session))[0] == 200
+    rows = (await gateway.rows(before + 40))[before:]
+    met = [row for row in rows if row["engine"] == victim.address]
+    assert len(met) <= 1
+    assert all(row["error"] == "engine_unreachable" for row in met)
+    with running_engine(*FLAGS, listen=victim.address):
+        await until_fit(gateway, session, *addresses)
+        before = gateway.count()
+        for _ in range(4):
+            assert (await ask(gateway, session))[0] == 200
+        served = {row["engine"] for row in (await gateway.rows(before + 4))[before:]}
+        assert served == set(addresses)
+
+
+async def test_all_engines_dead_is_a_clear_answer_and_ends_when_one_is_back(gateway, engines, session):
+    for engine in engines:
+        engine.kill()
+    codes = [(await ask(gateway, session))[:2] for _ in range(10)]
+    assert set(codes) <= {(503, "engine_unreachable"), (503, "no_healthy_engine")}
+    assert codes[-1] == (503, "no_healthy_engine")
+    assert (await gateway.ready(session))["checks"]["engines"]["ok"] is False
+    with running_engine(*FLAGS, listen=engines[1].address):
+        await until_fit(gateway, session, engines[1].address)
+        assert (await ask(gateway, session))[0] == 200
+    assert (await gateway.ready(session))["status"] == 200
+
+
+async def test_engine_that_only_fails_is_left_alone_while_another_is_fit(gateway, engines, session):
+    """5xx answers pass through; five in a row eject the engine, the other serves all."""
+    failing = engines[0]
+    await failing.faults(session, status=500)
+    seen = [(await ask(gateway, session))[0] for _ in range(30)]
+    assert set(seen) == {200, 500}
+    assert seen.count(500) == 5
+    assert set(seen[-15:]) == {200}
+    await failing.faults(session)
+
+
+async def test_engine_that_refuses_its_health_check_gets_no_requests(gateway, engines, session):
+    sick, other = engines
+    await sick.faults(session, health_status=503)
+    await until_fit(gateway, session, other.address)
+    before = gateway.count()
+    for _ in range(6):
+        assert (await ask(gateway, session))[0] == 200
+    assert {row["engine"] for row in (await gateway.rows(before + 6))[before:]} == {other.address}
+    await sick.faults(session)
+
+
+async def test_frozen_engine_is_found_by_its_silence(gateway, engines, session):
+    frozen, other = engines
+    frozen.signal(signal.SIGSTOP)
+    try:
+        await until_fit(gateway, session, other.address)
+        assert (await ask(gateway, session))[0] == 200
+    finally:
+        frozen.signal(signal.SIGCONT)
+
+
+async def test_books_are_even_at_the_end(gateway):
+    await until(lambda: gateway.count() > 0)
+    rows = gateway.usage()
+    assert len({(row["id"], row["attempt"]) for row in rows}) == len(rows)
