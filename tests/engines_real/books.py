@@ -11,7 +11,7 @@ from typing import Any
 
 import aiohttp
 
-from tests.engines_real.vllm import Counts, Vllm
+from tests.engines_real.process import Counts, Vllm
 from tests.harness.gateway import Gateway, sum_series
 
 QUIET_TIMEOUT_S = 20.0

@@ -10,7 +10,7 @@ import pytest
 from scripts import engines
 from tests.engines_real.books import Books
 from tests.engines_real.client import Client
-from tests.engines_real.vllm import Vllm, generating, running_vllm
+from tests.engines_real.process import Vllm, generating, running_vllm
 from tests.harness.gateway import Gateway, document, endpoint, policy, running_gateway, token
 
 SERVED = ("tiny-chat", "tiny-alias", "tiny-salted")

@@ -7,7 +7,7 @@ import pytest
 
 from tests.engines_real.books import Books
 from tests.engines_real.client import Client
-from tests.engines_real.vllm import Vllm, running_vllm
+from tests.engines_real.process import Vllm, running_vllm
 from tests.harness.gateway import endpoint, policy, running_gateway, token
 
 MODELS = ("embed", "rank")

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from tests.engines_real.client import CHAT, COMPLETIONS, MESSAGES, RESPONSES, Client, body_for, chat
-from tests.engines_real.vllm import Vllm
+from tests.engines_real.client import CHAT, COMPLETIONS, MESSAGES, RESPONSES, Answer, Client, body_for, chat
+from tests.engines_real.process import Vllm
 from tests.harness.gateway import Gateway
 
 FORGED = {"do_remote_prefill": True, "remote_engine_id": "other", "remote_block_ids": [1], "remote_host": "10.9.8.7"}
@@ -17,12 +17,12 @@ def direct(engine, session) -> Client:
     return Client(session, engine.url)
 
 
-async def logged(engine: Vllm, request_id: str) -> str:
+async def logged(engine: Vllm, answer: Answer) -> str:
     """The line in which the engine says what it was asked."""
     async with asyncio.timeout(10):
         while True:
             for line in engine.log.read_text(errors="replace").splitlines():
-                if "Received request" in line and request_id in line:
+                if "Received request" in line and answer.json["id"] in line:
                     return line
             await asyncio.sleep(0.05)
 
@@ -32,14 +32,14 @@ async def test_transfer_parameters_never_arrive(path, client: Client, direct, en
     """vLLM with a KV connector dials the host they name."""
     fields = {"kv_transfer_params": FORGED, "ec_transfer_params": {"remote_host": "10.9.8.7"}}
     fields |= {"vllm_xargs": {"steer": "10.9.8.7"}}
-    through = await client.ok(path, body_for(path, "Hello", 2, **fields))
-    assert "10.9.8.7" not in await logged(engine, through.request_id)
-    # The proof's proof: without the gateway the same body puts them there, and the log shows it.
     body = body_for(path, "Hello", 2, **fields)
-    answer = await direct.ok(path, body, {"x-request-id": f"direct-{path.rpartition('/')[2]}"})
+    through = await client.ok(path, body)
+    assert "10.9.8.7" not in await logged(engine, through)
+    # The proof's proof: without the gateway the same body puts them there, and the log shows it.
+    answer = await direct.ok(path, body)
+    assert "10.9.8.7" in await logged(engine, answer)
     usage = answer.json["usage"]
     balanced.aside(usage.get("prompt_tokens", usage.get("input_tokens")), 2)
-    assert "10.9.8.7" in await logged(engine, f"direct-{path.rpartition('/')[2]}")
 
 
 async def test_engine_headers_never_arrive(client: Client, direct, balanced):
@@ -69,3 +69,11 @@ async def test_a_forged_salt_opens_no_other_cache(client: Client, gateway, balan
     await cached(gateway, client, "tiny-chat", text)
     # Were the client's salt to arrive, nothing would be cached under it.
     assert await cached(gateway, client, "tiny-chat", text, cache_salt="mine") > 100
+
+
+async def test_background_work_is_refused(client: Client, books, session):
+    """A response in the background would be generated and never counted; vLLM's default refuses it."""
+    answer = await client.ask(RESPONSES, body_for(RESPONSES, "Hello", 50, background=True))
+    assert answer.status == 400
+    page = await books.page(session)
+    assert page.unexplained.prompt == page.unexplained.generation == 0

@@ -1,4 +1,4 @@
-"""A real vLLM on the CPU, in the environment that `scripts/engines.py` makes, and its own counters.
+"""Real engines on the CPU, in the environment that `scripts/engines.py` makes: vLLM with its counters, and any other.
 
 An engine gets a session of its own with the kernel's autogroup niced down: an engine's threads at full weight would
 freeze the gateway and the clients beside it for seconds on a small machine.
@@ -100,12 +100,19 @@ def free_port() -> int:
 @contextlib.contextmanager
 def running_vllm(folder: Path, model: str, served: tuple[str, ...], *flags: str, port: int = 0) -> Iterator[Vllm]:
     """`model` is one of `scripts/tiny_models.py`'s; served under these names. Port 0: a free one."""
-    folder.mkdir(parents=True, exist_ok=True)
     port = port or free_port()
-    command = [str(engines.environment() / "bin" / "python"), "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", str(engines.models() / model), "--served-model-name", *served]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", *flags]
-    log = folder / "vllm.log"
+    command = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(engines.models() / model)]
+    command += ["--served-model-name", *served, "--host", "127.0.0.1", "--port", str(port), "--enforce-eager", *flags]
+    with running_program(folder, command, port) as one:
+        yield one
+
+
+@contextlib.contextmanager
+def running_program(folder: Path, arguments: list[str], port: int) -> Iterator[Vllm]:
+    """The environment's Python with these arguments, once `/health` answers; its log is in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "engine.log"
+    command = [str(engines.environment() / "bin" / "python"), *arguments]
     with log.open("wb") as sink:
         process = subprocess.Popen(
             command, stdout=sink, stderr=subprocess.STDOUT, env={**os.environ, **_ENVIRONMENT}, start_new_session=True
@@ -129,7 +136,7 @@ def _wait(engine: Vllm) -> None:
             if answer.status == 200:
                 return
         time.sleep(0.3)
-    raise AssertionError(f"vLLM did not start; its log ends:\n{engine.log.read_text(errors='replace')[-4000:]}")
+    raise AssertionError(f"the engine did not start; its log ends:\n{engine.log.read_text(errors='replace')[-4000:]}")
 
 
 def generating(*more: str) -> tuple[str, ...]:
