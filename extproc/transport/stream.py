@@ -62,7 +62,7 @@ class Backlog:
 class H2Stream:
     """`core.Stream` on HTTP/2. Calls on a closed stream do nothing."""
 
-    __slots__ = ("backlog", "call", "connection", "received_bytes", "send_window", "sid", "started")
+    __slots__ = ("backlog", "call", "connection", "received_bytes", "send_window", "sid", "started", "waiting")
 
     def __init__(self, connection: Output, sid: int, send_window: int) -> None:
         self.connection: Output | None = connection
@@ -76,6 +76,8 @@ class H2Stream:
         self.started = False
         """our response headers are sent"""
         self.backlog: Backlog | None = None
+        self.waiting = False
+        """one of its messages is read, but not yet given to the call"""
 
     def send(self, message: bytes) -> None:
         connection = self.connection
