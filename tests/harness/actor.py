@@ -1,0 +1,273 @@
+"""What a cluster's nodes and other controllers would do, small enough to be read, in one namespace.
+
+A kubelet: pods become ready and get an address; a download's pod succeeds. LeaderWorkerSet's and RoleBasedGroup's
+controllers: their objects get pods, labelled as theirs are, and a status; a changed template replaces the pods. A
+Gateway's controller: routes are answered. Deployments, Jobs, owner references and EndpointSlices are left to the real
+kube-controller-manager of `kube_cluster`.
+
+async with Actor(api, namespace) as actor:
+    actor.serving = lambda pod: False     which pods become, or stay, ready; `await actor.again()` after a change
+    actor.loader = "succeed" | "fail" | "hold"
+    actor.message = "..."                 termination message of a download's pod
+    actor.gateways = False                no answers to routes
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, Self
+
+from controller.kube.client import Client, decoder
+from controller.kube.credentials import from_kubeconfig
+from controller.kube.errors import KubeError, NotFoundError
+from controller.kube.reflector import Reflector
+from controller.kube.resource import PODS, Key, Resource
+from controller.kube.store import Store
+from tests.harness.kubernetes import KubeApi, Object
+
+LWS = Resource("leaderworkerset.x-k8s.io", "v1", "leaderworkersets", "LeaderWorkerSet")
+RBG = Resource("workloads.x-k8s.io", "v1alpha2", "rolebasedgroups", "RoleBasedGroup")
+ROUTES = Resource("gateway.networking.k8s.io", "v1", "httproutes", "HTTPRoute")
+JOB_LABEL = "batch.kubernetes.io/job-name"
+INDEX_LABEL = "leaderworkerset.sigs.k8s.io/worker-index"
+REVISION = "test/revision"
+EPOCH = "2026-01-01T00:00:00Z"
+
+
+class Actor:
+    def __init__(self, api: KubeApi, namespace: str, *, kinds: Iterable[Resource] = (LWS, RBG, ROUTES)) -> None:
+        self.serving: Callable[[Object], bool] = lambda _pod: True
+        self.loader: Literal["succeed", "fail", "hold"] = "succeed"
+        self.message = ""
+        self.gateways = True
+        self._client = Client(from_kubeconfig(str(api.kubeconfig())), field_manager="actor")
+        self._namespace = namespace
+        self._changed = asyncio.Event()
+        self._passes = 0
+        self._addresses = itertools.count(1)
+        self._stores: dict[str, Store[Object]] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._reflectors = [self._reflect(kind) for kind in (PODS, *kinds)]
+
+    def _reflect(self, resource: Resource) -> Reflector[Object]:
+        def changed(_key: Key, _new: Object | None, _old: Object | None) -> None:
+            self._changed.set()
+
+        reflector = Reflector(
+            self._client, resource, decoder(dict[str, Any]), namespace=self._namespace, on_change=changed
+        )
+        self._stores[resource.kind] = reflector.store
+        return reflector
+
+    async def __aenter__(self) -> Self:
+        await self._client.__aenter__()
+        self._tasks = [asyncio.create_task(reflector.run()) for reflector in self._reflectors]
+        for reflector in self._reflectors:
+            await reflector.synced.wait()
+        self._tasks.append(asyncio.create_task(self._run()))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._client.__aexit__()
+
+    async def again(self) -> None:
+        """Look at everything once more, now."""
+        seen = self._passes
+        self._changed.set()
+        while self._passes <= seen:
+            await asyncio.sleep(0.01)
+
+    async def _run(self) -> None:
+        while True:
+            self._changed.clear()
+            try:
+                await self._pass()
+            except KubeError:  # something changed under our hands: look again
+                self._changed.set()
+                await asyncio.sleep(0.05)
+            self._passes += 1
+            await self._changed.wait()
+
+    async def _pass(self) -> None:
+        for item in self._items("LeaderWorkerSet"):
+            await self._leader_worker_set(item)
+        for item in self._items("RoleBasedGroup"):
+            await self._group(item)
+        for pod in self._items("Pod"):
+            await self._kubelet(pod)
+        if self.gateways:
+            for route in self._items("HTTPRoute"):
+                await self._gateway(route)
+
+    def _items(self, kind: str) -> list[Object]:
+        store = self._stores.get(kind)
+        return [] if store is None else [x for x in store.values() if not x["metadata"].get("deletionTimestamp")]
+
+    # -- kubelet ------------------------------------------------------------------------------------------------------
+
+    async def _kubelet(self, pod: Object) -> None:
+        labels = pod["metadata"].get("labels") or {}
+        status = pod.get("status") or {}
+        if JOB_LABEL in labels:
+            if status.get("phase") in {"Succeeded", "Failed"} or self.loader == "hold":
+                return
+            code = 0 if self.loader == "succeed" else 3
+            ended = {"exitCode": code, "message": self.message, "finishedAt": EPOCH, "startedAt": EPOCH}
+            phase = "Succeeded" if code == 0 else "Failed"
+            await self._pod_status(pod, {"phase": phase, "containerStatuses": [_container(pod, terminated=ended)]})
+            return
+        ready = self.serving(pod)
+        was = any(each["type"] == "Ready" and each["status"] == "True" for each in status.get("conditions") or ())
+        if status.get("phase") == "Running" and was == ready:
+            return
+        address = status.get("podIP") or f"10.244.0.{next(self._addresses)}"
+        condition = {"type": "Ready", "status": str(ready), "lastTransitionTime": EPOCH}
+        running = _container(pod, running={"startedAt": EPOCH}, ready=ready)
+        new = {"phase": "Running", "podIP": address, "podIPs": [{"ip": address}]}
+        await self._pod_status(pod, {**new, "conditions": [condition], "containerStatuses": [running]})
+
+    async def _pod_status(self, pod: Object, status: Object) -> None:
+        name = pod["metadata"]["name"]
+        with contextlib.suppress(NotFoundError):
+            await self._client.patch(PODS, name, self._namespace, {"status": status}, subresource="status")
+
+    # -- controllers of workloads -------------------------------------------------------------------------------------
+
+    async def _leader_worker_set(self, item: Object) -> None:
+        spec, name = item["spec"], item["metadata"]["name"]
+        template, size = spec["leaderWorkerTemplate"], spec["leaderWorkerTemplate"]["size"]
+        revision = _digest(template)
+        wanted: dict[str, Object] = {}
+        for group in range(spec["replicas"]):
+            for index in range(size):
+                kind = "leaderTemplate" if index == 0 else "workerTemplate"
+                pod = f"{name}-{group}" if index == 0 else f"{name}-{group}-{index}"
+                marks = {"leaderworkerset.sigs.k8s.io/name": name, INDEX_LABEL: str(index)}
+                wanted[pod] = _pod(item, pod, [template[kind]], marks, revision)
+        await self._replace(item, wanted, revision)
+        groups = [[f"{name}-{g}", *(f"{name}-{g}-{i}" for i in range(1, size))] for g in range(spec["replicas"])]
+        known = {pod["metadata"]["name"]: pod for pod in self._items("Pod")}
+        ready = sum(all(_ready(known.get(pod)) for pod in group) for group in groups)
+        fresh = sum(all(_revision(known.get(pod)) == revision for pod in group) for group in groups)
+        status = {"replicas": len(groups), "readyReplicas": ready, "updatedReplicas": fresh}
+        await self._status(LWS, item, {**status, "observedGeneration": item["metadata"]["generation"]})
+
+    async def _group(self, item: Object) -> None:
+        name = item["metadata"]["name"]
+        wanted: dict[str, Object] = {}
+        for role in item["spec"]["roles"]:
+            pattern = role.get("leaderWorkerPattern")
+            parts = [pattern["template"]] if pattern else [role["standalonePattern"]["template"]]
+            for replica in range(role.get("replicas", 1)):
+                for index in range(pattern["size"] if pattern else 1):
+                    pod = f"{name}-{role['name']}-{replica}" + (f"-{index}" if index else "")
+                    patches = [pattern["leaderTemplatePatch"]] if pattern and index == 0 else []
+                    marks = {"rbg.workloads.x-k8s.io/group-name": name}
+                    if pattern:
+                        marks[INDEX_LABEL] = str(index)
+                    wanted[pod] = _pod(item, pod, [*parts, *patches], marks, _digest(role))
+        await self._replace(item, wanted, "")
+        await self._status(RBG, item, {"observedGeneration": item["metadata"]["generation"]})
+
+    async def _replace(self, owner: Object, wanted: dict[str, Object], _revision_now: str) -> None:
+        """Make the owner's pods what it wants: the wrong ones go first."""
+        uid = owner["metadata"]["uid"]
+        for pod in self._items("Pod"):
+            name = pod["metadata"]["name"]
+            if not any(each["uid"] == uid for each in pod["metadata"].get("ownerReferences") or ()):
+                continue
+            goal = wanted.pop(name, None)
+            if goal is None or _revision(goal) != _revision(pod):
+                with contextlib.suppress(NotFoundError):
+                    await self._client.delete(PODS, name, self._namespace, grace_s=0)
+                self._changed.set()
+        for goal in wanted.values():
+            await self._client.create(PODS, goal)
+
+    async def _status(self, resource: Resource, item: Object, status: Object) -> None:
+        if (item.get("status") or {}) | status == (item.get("status") or {}):
+            return
+        with contextlib.suppress(NotFoundError):
+            await self._client.patch(
+                resource, item["metadata"]["name"], self._namespace, {"status": status}, subresource="status"
+            )
+
+    # -- gateway ------------------------------------------------------------------------------------------------------
+
+    async def _gateway(self, route: Object) -> None:
+        meta = route["metadata"]
+        parents = [
+            {
+                "parentRef": reference,
+                "controllerName": "test/gateway",
+                "conditions": [
+                    {
+                        "type": kind,
+                        "status": "True",
+                        "reason": kind,
+                        "message": "",
+                        "lastTransitionTime": EPOCH,
+                        "observedGeneration": meta["generation"],
+                    }
+                    for kind in ("Accepted", "ResolvedRefs")
+                ],
+            }
+            for reference in route["spec"].get("parentRefs", ())
+        ]
+        await self._status(ROUTES, route, {"parents": parents})
+
+
+def _pod(owner: Object, name: str, templates: list[Object], marks: dict[str, str], revision: str) -> Object:
+    labels, annotations = dict(marks), {REVISION: revision}
+    for template in templates:
+        labels |= template.get("metadata", {}).get("labels") or {}
+        annotations |= template.get("metadata", {}).get("annotations") or {}
+    # The test pods' one container is enough of a pod; what runs in it is another test's subject.
+    main = templates[0]["spec"]["containers"][0]
+    meta = owner["metadata"]
+    reference = {"apiVersion": owner["apiVersion"], "kind": owner["kind"], "name": meta["name"], "uid": meta["uid"]}
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {
+            "name": name,
+            "namespace": meta["namespace"],
+            "labels": labels,
+            "annotations": annotations,
+            "ownerReferences": [{**reference, "controller": True}],
+        },
+        "spec": {"containers": [{"name": main["name"], "image": main["image"]}]},
+    }
+
+
+def _container(pod: Object, *, ready: bool = False, **state: Object) -> Object:
+    main = pod["spec"]["containers"][0]
+    return {
+        "name": main["name"],
+        "image": main["image"],
+        "imageID": "",
+        "ready": ready,
+        "restartCount": 0,
+        "state": state,
+    }
+
+
+def _ready(pod: Object | None) -> bool:
+    conditions = ((pod or {}).get("status") or {}).get("conditions") or ()
+    return any(each["type"] == "Ready" and each["status"] == "True" for each in conditions)
+
+
+def _revision(pod: Object | None) -> str:
+    return str(((pod or {}).get("metadata", {}).get("annotations") or {}).get(REVISION, ""))
+
+
+def _digest(tree: Any) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:10]

@@ -1,0 +1,250 @@
+"""A cluster with everybody's CRDs, a controller on it, and something to wait with."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from controller.app import Controller
+from controller.kube.client import WRITE_VERBS, Client
+from controller.kube.credentials import from_kubeconfig
+from controller.settings import ControllerSettings
+from tests.harness.actor import Actor
+from tests.harness.envoy_gateway import custom_resources
+from tests.harness.kubernetes import KubeApi, KubeError, Object
+from tests.reconcile.resources import GATEWAY
+
+CRDS = Path(__file__).parents[2] / "manifests" / "crds"
+STAND_INS = Path(__file__).parents[1] / "harness" / "crds"
+TIMEOUT_S = 20.0
+
+
+def gateway_kinds() -> list[Object]:
+    wanted = {"httproutes", "gateways", "gatewayclasses"}
+    return [crd for crd in custom_resources("gateway-api") if crd["spec"]["names"]["plural"] in wanted]
+
+
+@pytest.fixture(scope="session")
+def cluster(kube_cluster: KubeApi) -> Iterator[KubeApi]:
+    """Kubernetes with its controllers, our CRDs, Gateway API, and stand-ins for LWS and RBG."""
+    kube_cluster.apply(CRDS, STAND_INS, *gateway_kinds())
+    yield kube_cluster
+
+
+class Room:
+    """One namespace, seen as a user sees it. Calls are quick and synchronous; waiting is not."""
+
+    def __init__(self, api: KubeApi, namespace: str) -> None:
+        self.api, self.namespace = api, namespace
+
+    def apply(self, *texts: str | Object, **changes: Any) -> list[Object]:
+        """`changes` are merged into the spec of each object; GATEWAYS stands for this namespace."""
+        applied = []
+        for text in texts:
+            filled = text.replace("GATEWAYS", self.namespace) if isinstance(text, str) else text
+            trees = list(yaml.safe_load_all(filled)) if isinstance(filled, str) else [copy.deepcopy(filled)]
+            for tree in filter(None, trees):
+                merge(tree.setdefault("spec", {}), changes)
+                tree["metadata"]["namespace"] = self.namespace
+                applied += self.api.apply(tree)
+        return applied
+
+    def get(self, kind: str, name: str) -> Object:
+        return self.api.get(VERSIONS.get(kind, "arks.ai/v1"), kind, name, self.namespace)
+
+    def find(self, kind: str, name: str) -> Object | None:
+        try:
+            return self.get(kind, name)
+        except KubeError as error:
+            if error.status == 404:
+                return None
+            raise
+
+    def list(self, kind: str) -> list[Object]:
+        return self.api.list(VERSIONS.get(kind, "arks.ai/v1"), kind, self.namespace)
+
+    def patch(self, kind: str, name: str, patch: Any) -> Object:
+        path = f"{self.api.path(VERSIONS.get(kind, 'arks.ai/v1'), kind, self.namespace)}/{name}"
+        found: Object = self.api.request("PATCH", path, patch, content_type="application/merge-patch+json")
+        return found
+
+    def delete(self, kind: str, name: str) -> None:
+        self.api.delete(VERSIONS.get(kind, "arks.ai/v1"), kind, name, self.namespace)
+
+    def events(self, name: str) -> list[tuple[str, str]]:
+        found = self.api.list("v1", "Event", self.namespace)
+        return [(each["type"], each["reason"]) for each in found if each["involvedObject"]["name"] == name]
+
+    async def until(self, kind: str, name: str, wanted: Callable[[Object], Any], what: str = "") -> Object:
+        """Wait until the object is there and `wanted` of it is true."""
+        seen: list[Object | None] = [None]
+
+        def there() -> Object | None:
+            seen[0] = self.find(kind, name)
+            return seen[0] if seen[0] is not None and wanted(seen[0]) else None
+
+        try:
+            found = await wait_for(there)
+        except TimeoutError:
+            status = (seen[0] or {}).get("status")
+            raise AssertionError(f"{kind} {name} never: {what or wanted}; it says {status}") from None
+        assert found is not None
+        return found
+
+    async def condition(self, kind: str, name: str, type_: str, status: str, reason: str = "") -> Object:
+        """Wait for a condition; returns it."""
+        found = await self.until(
+            kind,
+            name,
+            lambda item: (c := condition(item, type_)) and c["status"] == status and (not reason or c["reason"] == reason),
+            f"{type_}={status} {reason}",
+        )
+        return condition(found, type_)
+
+    async def phase(self, kind: str, name: str, phase: str) -> Object:
+        return await self.until(kind, name, lambda item: item.get("status", {}).get("phase") == phase, f"phase {phase}")
+
+    async def gone(self, kind: str, name: str) -> None:
+        await wait_for(lambda: self.find(kind, name) is None)
+
+
+VERSIONS = {
+    "Deployment": "apps/v1",
+    "Event": "v1",
+    "Gateway": "gateway.networking.k8s.io/v1",
+    "HTTPRoute": "gateway.networking.k8s.io/v1",
+    "Job": "batch/v1",
+    "LeaderWorkerSet": "leaderworkerset.x-k8s.io/v1",
+    "Lease": "coordination.k8s.io/v1",
+    "PersistentVolumeClaim": "v1",
+    "Pod": "v1",
+    "Role": "rbac.authorization.k8s.io/v1",
+    "RoleBasedGroup": "workloads.x-k8s.io/v1alpha2",
+    "RoleBasedGroupSet": "workloads.x-k8s.io/v1alpha2",
+    "RoleBinding": "rbac.authorization.k8s.io/v1",
+    "Secret": "v1",
+    "Service": "v1",
+    "ServiceAccount": "v1",
+}
+
+
+def merge(tree: Object, changes: Object) -> None:
+    for key, value in changes.items():
+        if value is None:
+            tree.pop(key, None)
+        elif isinstance(value, dict) and isinstance(tree.get(key), dict):
+            merge(tree[key], value)
+        else:
+            tree[key] = copy.deepcopy(value)
+
+
+def condition(item: Object, type_: str) -> Object | None:
+    found = item.get("status", {}).get("conditions") or ()
+    return next((each for each in found if each["type"] == type_), None)
+
+
+async def wait_for(check: Callable[[], Any], timeout_s: float = TIMEOUT_S) -> Any:
+    """The first true answer. The call is made in a thread: the controller shares this loop."""
+    until = time.monotonic() + timeout_s
+    while True:
+        found = await asyncio.to_thread(check)
+        if found:
+            return found
+        if time.monotonic() > until:
+            raise TimeoutError
+        await asyncio.sleep(0.05)
+
+
+@pytest.fixture
+def room(cluster: KubeApi) -> Iterator[Room]:
+    name = cluster.create_namespace()
+    yield Room(cluster, name)
+    cluster.remove_namespace(name)
+
+
+class Running:
+    """A controller in this process. `stop()` and `start()` are a restart."""
+
+    def __init__(self, api: KubeApi, namespace: str, **changes: Any) -> None:
+        settings = ControllerSettings(
+            namespace=namespace,
+            environment={},
+            lease_s=3.0,
+            renew_s=2.0,
+            retry_s=0.3,
+            discovery_s=0.3,
+        )
+        self._api, self.settings = api, replace(settings, **changes)
+        self._stack = contextlib.AsyncExitStack()
+        self._task: asyncio.Task[None] | None = None
+        self.controller: Controller
+        self.client: Client
+
+    async def start(self, server: str | None = None, user: str = "admin") -> None:
+        config = self._api.kubeconfig(user, server=server)
+        self.client = await self._stack.enter_async_context(Client(from_kubeconfig(str(config))))
+        self.controller = Controller(self.client, self.settings)
+        self._task = asyncio.create_task(self.controller.run())
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+        await self._stack.aclose()
+
+    async def leading(self) -> None:
+        await _until(lambda: self.controller.reconciler is not None and self.controller.lease.is_leader)
+
+    async def quiet(self, for_s: float = 0.6) -> None:
+        """Wait until the queue has been empty for a while."""
+        await self.leading()
+        since = time.monotonic()
+        while time.monotonic() - since < for_s:
+            queue = self.controller.reconciler.queue
+            if queue.depth or queue.in_flight:
+                since = time.monotonic()
+            await asyncio.sleep(0.02)
+
+    def writes(self) -> int:
+        """Writes sent so far, but for the Lease."""
+        calls = self.client.stats.calls.items()
+        return sum(count for (verb, _, what, _), count in calls if verb in WRITE_VERBS and what != "leases")
+
+
+async def _until(check: Callable[[], Any], timeout_s: float = TIMEOUT_S) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not check():
+            await asyncio.sleep(0.02)
+
+
+@pytest.fixture
+async def running(room: Room) -> AsyncIterator[Running]:
+    """A controller that leads."""
+    found = Running(room.api, room.namespace)
+    await found.start()
+    try:
+        await found.leading()
+        yield found
+    finally:
+        await found.stop()
+
+
+@pytest.fixture
+async def actor(room: Room) -> AsyncIterator[Actor]:
+    async with Actor(room.api, room.namespace) as found:
+        yield found
+
+
+@pytest.fixture
+def gateway(room: Room) -> Object:
+    return room.apply(GATEWAY)[0]
