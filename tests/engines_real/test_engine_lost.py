@@ -93,7 +93,10 @@ async def without_prompt_details(gateway, client: Client) -> None:
 
 
 async def told_to_stop(gateway, client: Client, engine) -> None:
-    """vLLM on SIGTERM takes no more connections and leaves its streams open and silent: clients must leave."""
+    """vLLM on SIGTERM takes no more connections. Its streams it either ends in time, with the finish reason `abort`, a
+    usage and [DONE]; or it leaves them open and silent, and clients must leave. Both have been seen, and neither is a
+    success.
+    """
     async with client.stream(CHAT, chat(max_tokens=3000, ignore_eos=True, stream=True)) as (request_id, events):
         for _ in range(10):
             await anext(events)
@@ -101,6 +104,9 @@ async def told_to_stop(gateway, client: Client, engine) -> None:
         # On connections that it has, it says 500: "cannot schedule new futures after shutdown".
         assert await refused_within_s(client, dying=frozenset({500})) < 5
     row = await gateway.row_of(request_id)
-    assert row["accuracy"] == "estimated"
-    assert row["error"] in {"client_disconnected", "engine_lost"}
+    assert (row["accuracy"], row["error"]) in {
+        ("exact", "engine_error"),
+        ("estimated", "client_disconnected"),
+        ("estimated", "engine_lost"),
+    }
     assert row["completion_tokens"] >= 8
