@@ -1,0 +1,39 @@
+"""A cluster with our manifests on it: a real API server, the CRDs of the projects that they use, nothing stubbed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness.envoy_gateway import binaries, custom_resources, kustomize_build
+from tests.harness.go_build import NoGoError
+from tests.harness.kubernetes import KubeApi, Object
+
+MANIFESTS = Path(__file__).parents[2] / "manifests"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def built() -> None:
+    """The programs, out of the cache or built now: minutes, the first time."""
+    try:
+        binaries()
+    except NoGoError as error:
+        pytest.skip(f"Envoy Gateway cannot be built: {error}")
+
+
+@pytest.fixture(scope="session")
+def product(built: None) -> list[Object]:
+    """What `kubectl apply -k manifests/` applies."""
+    return kustomize_build(MANIFESTS)
+
+
+@pytest.fixture(scope="session")
+def cluster(product: list[Object]) -> Iterator[KubeApi]:
+    """Our manifests applied on an API server that knows Envoy Gateway's kinds; nobody acts on them."""
+    with KubeApi() as api:
+        for name in ("gateway-api", "envoy-gateway", "prometheus", "keda"):
+            api.apply(*custom_resources(name))
+        api.apply(*product)
+        yield api
