@@ -54,7 +54,7 @@ def parse(body: bytes) -> Fields | Refused:
 def _where(error: msgspec.DecodeError) -> str:
     """The parser's own words name a byte and a kind of fault, never content; anything else is kept to ourselves."""
     text = str(error)
-    return text.removeprefix("JSON is malformed: ") if text.startswith("JSON is malformed") else "it ends too early"
+    return text.removeprefix("JSON is malformed: ") if text.startswith("JSON is malformed") else "it is cut off"
 
 
 def _shown(name: str) -> str:
@@ -201,7 +201,10 @@ def wants_usage(fields: Fields) -> bool | Refused:
     raw = fields.get("stream_options")
     if raw is None:
         return False
-    options = _decode_any(raw)
+    try:
+        options = _decode_any(raw)
+    except (msgspec.MsgspecError, RecursionError):
+        options = False  # valid JSON with a value that no type of ours can hold: 1e999
     if options is None:
         return False
     if not isinstance(options, dict) or not isinstance(options.get("include_usage", False), bool | None):
