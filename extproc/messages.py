@@ -90,19 +90,24 @@ def kind_of(message: bytes) -> tuple[int, int, int]:
 def body_of(message: bytes) -> tuple[bytes, bool]:
     """The bytes and end_of_stream of a request_body or response_body message.
 
-    Every streamed chunk comes through here. A message that is one HttpBody and nothing else begins, for its length,
-    with one of two sequences of bytes: without or with end_of_stream. They are kept, so that reading the usual one is a
-    comparison.
+    Every streamed chunk comes through here. A message that is one HttpBody, or one and Envoy's empty metadata, begins
+    for its length with one of two sequences of bytes: without or with end_of_stream. They are kept, so that reading the
+    usual one is a comparison.
     """
-    layout = _LAYOUTS.get(len(message))
-    if layout is None:
-        layout = _layout(len(message))
-    opening, closing, tag_after = layout
-    head = message[1 : len(opening) + 1]
-    if head == opening:
-        return message[len(opening) + 1 :], False
-    if message[1 : len(closing) + 1] == closing and message[-2:] == tag_after:
-        return message[len(closing) + 1 : -2], True
+    size = len(message)
+    end = size - 2 if message[-2:] == _EMPTY_METADATA else size
+    while True:
+        layout = _LAYOUTS.get(end)
+        if layout is None:
+            layout = _layout(end)
+        opening, closing = layout
+        if message.startswith(opening, 1):
+            return message[len(opening) + 1 : end], False
+        if message.startswith(closing, 1) and message[end - 2 : end] == _END_OF_STREAM:
+            return message[len(closing) + 1 : end - 2], True
+        if end == size:
+            break
+        end = size  # what looked like metadata is the body's own end
     _, at, end = kind_of(message)
     body, end_of_stream = b"", False
     for number, kind, start, stop in fields(message, at, end):
@@ -113,14 +118,16 @@ def body_of(message: bytes) -> tuple[bytes, bool]:
     return body, end_of_stream
 
 
-_LAYOUTS: Final[dict[int, tuple[bytes, bytes, bytes]]] = {}
+_EMPTY_METADATA: Final = b"\x42\x00"
+_END_OF_STREAM: Final = b"\x10\x01"
+_LAYOUTS: Final[dict[int, tuple[bytes, bytes]]] = {}
 _LAYOUTS_MOST: Final = 65_536
 _NEVER: Final = b"\xff\xff\xff\xff"
 """begins no HttpBody"""
 
 
-def _layout(size: int) -> tuple[bytes, bytes, bytes]:
-    """How a body message of `size` bytes goes on behind its tag: without end_of_stream, and with it (then its end)."""
+def _layout(size: int) -> tuple[bytes, bytes]:
+    """How a body message of `size` bytes goes on behind its tag: without end_of_stream, and with it."""
     if len(_LAYOUTS) >= _LAYOUTS_MOST:
         _LAYOUTS.clear()
     found = []
@@ -132,7 +139,7 @@ def _layout(size: int) -> tuple[bytes, bytes, bytes]:
             if body > 0 and len(encode_varint(outer)) == outer_digits and len(encode_varint(body)) == digits:
                 begun = encode_varint(outer) + b"\x0a" + encode_varint(body)
         found.append(begun)
-    layout = _LAYOUTS[size] = (found[0], found[1], b"\x10\x01")
+    layout = _LAYOUTS[size] = (found[0], found[1])
     return layout
 
 

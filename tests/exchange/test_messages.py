@@ -54,14 +54,21 @@ def test_plain_value_field_is_read_too():
     assert HeaderNames(":path").find(raw, at, end) == [b"/v1/models"]
 
 
-@given(st.integers(0, 40000), st.booleans(), st.booleans(), st.sampled_from(["request_body", "response_body"]))
+@given(
+    st.integers(0, 40000),
+    st.sampled_from(["", "metadata", "more"]),
+    st.booleans(),
+    st.sampled_from(["request_body", "response_body"]),
+)
 def test_bodies_of_any_size(size, more, end_of_stream, field):
-    body = bytes(i & 0xFF for i in range(size))
+    body = bytes(i & 0xFF for i in range(size))[:-2] + b"B\0" if size > 1 else b"x" * size
     message = pb.ProcessingRequest()
     getattr(message, field).body = body
     getattr(message, field).end_of_stream = end_of_stream
     getattr(message, field).SetInParent()
-    if more:
+    if more == "metadata":
+        message.metadata_context.SetInParent()  # as Envoy sends it where it forwards none
+    elif more:
         message.protocol_config.request_body_mode = 2
     raw = message.SerializeToString()
     kind, _, _ = messages.kind_of(raw)
