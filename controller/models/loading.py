@@ -11,51 +11,38 @@ import asyncio
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 from controller.models.blobs import Blobs
 from controller.models.digest import digest_of
-from controller.models.errors import ChangedError, ContentError, LastingError, LoadError, NoSpaceError
+from controller.models.errors import ChangedError, ContentError, LoadError
 from controller.models.existing import verified
 from controller.models.http import Http
 from controller.models.lock import held
-from controller.models.marker import MARKER_FILE, Marker, PlacedFile, read_marker, whole, write_marker
+from controller.models.marker import (
+    MARKER_FILE,
+    NAMES_FILE,
+    Marker,
+    PlacedFile,
+    read_marker,
+    read_names,
+    whole,
+    write_marker,
+    write_names,
+)
 from controller.models.part import Part, claim
 from controller.models.patterns import wanted
+from controller.models.plan import Plan, make_room, planned
 from controller.models.progress import Progress
-from controller.models.request import (
-    S3,
-    AnySource,
-    HostPath,
-    HuggingFace,
-    LoadRequest,
-    ModelScope,
-    Oci,
-    Pvc,
-    Settings,
-    placed,
-)
-from controller.models.sources.huggingface import HuggingFaceHub
-from controller.models.sources.modelscope import ModelScopeHub
-from controller.models.sources.oci import OciArtifact
-from controller.models.sources.s3 import S3Store
-from controller.models.sources.source import Listing, RemoteFile, Source
+from controller.models.request import HostPath, LoadRequest, Pvc, Settings, placed
+from controller.models.sources.opening import opened
+from controller.models.sources.source import RemoteFile, Source
 from controller.models.threads import in_thread
 from controller.models.transfer import Transfer, together
-from controller.models.tree import Tree, checked_name, described
+from controller.models.tree import Tree, described
 from controller.models.unpack import unpacked
 
 _LISTINGS = 3  # a source that changes faster than this is not to be loaded
 _CHECKS_AT_ONCE = 4
-
-
-@dataclass(slots=True)
-class _Plan:
-    """``groups``: names by content. ``missing`` are those contents that no file of the target has."""
-
-    listing: Listing
-    groups: dict[str, list[RemoteFile]]
-    missing: dict[str, list[RemoteFile]] = field(default_factory=dict)
 
 
 class Loading:
@@ -136,6 +123,8 @@ class Loading:
 
     async def _fill(self, target: Tree, blobs: Blobs) -> Marker:
         before = read_marker(target)
+        brought = read_names(target) | ({file.path for file in before.files} if before is not None else set())
+        write_names(target, brought)
         target.remove(MARKER_FILE)
         async with Http(self._settings) as http:
             source = opened(http, self._request, self._environment)
@@ -148,27 +137,27 @@ class Loading:
                     if attempt == _LISTINGS:
                         raise
         self._progress.tell("finishing")
-        names = {file.path for file in marker.files}
-        for file in before.files if before is not None else ():
-            if file.path not in names:
-                target.remove(file.path)
+        for name in read_names(target) - {file.path for file in marker.files}:
+            target.remove(name)
         blobs.clean(target)
         target.sync()
         write_marker(target, marker)
+        target.remove(NAMES_FILE)
         return marker
 
     async def _once(self, source: Source, target: Tree, blobs: Blobs) -> Marker:
         progress, settings = self._progress, self._settings
         progress.tell("listing")
         listing = await source.listing(self._wanted)
-        plan = _planned(listing)
+        plan = planned(listing)
         progress.revision = listing.revision
         progress.bytes_total = sum(file.size for names in plan.groups.values() for file in names[:1])
         progress.bytes_done = progress.files_done = 0
         progress.files_total = sum(len(names) for names in plan.groups.values())
         progress.tell("checking")
         await self._keep(plan, target, blobs)
-        _make_room(plan, blobs, settings.margin_bytes)
+        make_room(plan, blobs, settings.margin_bytes)
+        write_names(target, read_names(target) | {file.path for file in listing.files if not file.unpack})
         progress.tell("loading")
         gate = asyncio.Semaphore(settings.connections)
         transfer = Transfer(source, settings, progress, gate)
@@ -193,7 +182,7 @@ class Loading:
     def _wanted(self, path: str) -> bool:
         return wanted(path, self._request.source.include, self._request.source.exclude)
 
-    async def _keep(self, plan: _Plan, target: Tree, blobs: Blobs) -> None:
+    async def _keep(self, plan: Plan, target: Tree, blobs: Blobs) -> None:
         """What the target has already is verified and kept; the rest is missing."""
         gate = asyncio.Semaphore(_CHECKS_AT_ONCE)
 
@@ -285,65 +274,7 @@ class Loading:
             os.close(fd)
 
 
-def opened(http: Http, request: LoadRequest, environment: Mapping[str, str]) -> Source:
-    """The source that a request names."""
-    source: AnySource = request.source
-    if isinstance(source, HuggingFace):
-        return HuggingFaceHub(http, request.model, source, environment)
-    if isinstance(source, ModelScope):
-        return ModelScopeHub(http, request.model, source, environment)
-    if isinstance(source, S3):
-        return S3Store(http, source, environment)
-    assert isinstance(source, Oci)
-    return OciArtifact(http, source, environment)
-
-
-def _planned(listing: Listing) -> _Plan:
-    names: set[str] = set()
-    groups: dict[str, list[RemoteFile]] = {}
-    for file in listing.files:
-        checked_name(file.path)
-        if file.path in names and not file.unpack:
-            raise LastingError("UnsafeFileName", f"the source lists a file twice: {file.path[:200]!r}")
-        names.add(file.path)
-        groups.setdefault(file.key, []).append(file)
-    for name in names:
-        folder = name.rpartition("/")[0]
-        while folder:
-            if folder in names:
-                raise LastingError("UnsafeFileName", f"the source lists a file where it has a folder: {folder[:200]!r}")
-            folder = folder.rpartition("/")[0]
-    if not groups:
-        told = "no file of the source is wanted: check include, exclude, and the source's own path"
-        raise LastingError("NothingToLoad", told, field="spec.source")
-    return _Plan(listing, groups)
-
-
-def _make_room(plan: _Plan, blobs: Blobs, margin_bytes: int) -> None:
-    """Before the first byte: raises NoSpaceError where the missing bytes would not fit."""
-    needed = 0
-    for key, files in plan.missing.items():
-        file = files[0]
-        if not blobs.has(key, file.size):
-            needed += file.size - blobs.written_bytes(key, file.size)
-        if file.unpack:
-            needed += file.size * (2 if file.unpack == "tar+gzip" else 1)
-    if not needed:
-        return
-    needed += max(margin_bytes, needed // 100) if margin_bytes else 0
-    free = blobs.folder.free_bytes()
-    if free < needed:
-        free += blobs.prune(needed - free, frozenset(plan.groups))
-    if free < needed:
-        told = f"{_words(needed)} are needed and {_words(free)} are free on the volume; enlarge the storage"
-        raise NoSpaceError(told)
-
-
-def _words(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
-
-
-async def _may_read(source: Source, plan: _Plan) -> None:
+async def _may_read(source: Source, plan: Plan) -> None:
     """One byte is asked for where all came from the volume's cache: who has the list need not have the right to read
     (hubs show lists of restricted repositories to all).
     """

@@ -2,15 +2,20 @@
 
 It names the request it answers (by fingerprint), the revision, and every file with size and digest. Before anything
 in a folder is changed its marker is removed, so no reader ever sees a marker beside half of another model.
+
+While there is no marker, a list of names tells which files are the loader's: those of an earlier request, or of one
+that was killed, go when the new request does not want them. Engines read every shard that they find.
 """
 
 from __future__ import annotations
 
 import msgspec
 
-from controller.models.tree import Tree
+from controller.models.errors import LastingError
+from controller.models.tree import Tree, checked_name
 
 MARKER_FILE = ".arks-ready.json"
+NAMES_FILE = ".arks-names.json"
 _LIMIT_BYTES = 64 << 20
 
 
@@ -53,3 +58,16 @@ def whole(folder: Tree, marker: Marker) -> bool:
 
 def write_marker(folder: Tree, marker: Marker) -> None:
     folder.write(MARKER_FILE, msgspec.json.format(msgspec.json.encode(marker)), durable=True)
+
+
+def read_names(folder: Tree) -> set[str]:
+    """Files that loads brought which did not end ready; only names that are safe to remove."""
+    try:
+        names = msgspec.json.decode(folder.read(NAMES_FILE, _LIMIT_BYTES) or b"[]", type=set[str])
+        return {checked_name(name) for name in names}
+    except (msgspec.DecodeError, LastingError):
+        return set()
+
+
+def write_names(folder: Tree, names: set[str]) -> None:
+    folder.write(NAMES_FILE, msgspec.json.encode(sorted(names)), durable=True)

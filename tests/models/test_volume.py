@@ -7,11 +7,11 @@ import os
 
 import pytest
 
-from controller.models.errors import LastingError, NoSpaceError
+from controller.models.errors import LastingError, NoSpaceError, TransientError
 from controller.models.lock import LOCK_FILE, held, this_machine
 from controller.models.tree import Tree
 from tests.models.hubs import TOKEN
-from tests.models.origin import noise
+from tests.models.origin import STATUS, noise
 
 FILES = {"config.json": b"{}", "model.safetensors": noise(500_000, 1)}
 
@@ -47,7 +47,7 @@ async def test_volume_without_a_cache(hub, loader):
     await loader(source(hub), cache="")
     assert loader.files() == FILES | {"copy.safetensors": FILES["model.safetensors"]}
     assert hub.storage.total_sent == 500_000
-    assert sorted(name for name in os.listdir(loader.volume / "model") if name.startswith(".arks-")) == [
+    assert sorted(path.name for path in (loader.volume / "model").glob(".arks-*")) == [
         ".arks-lock",
         ".arks-ready.json",
         ".arks-status.json",
@@ -78,6 +78,18 @@ async def test_a_new_revision_brings_only_what_changed(hub, loader):
         "model.safetensors": FILES["model.safetensors"],
         "notes.txt": b"the user's own",
     }
+
+
+async def test_shards_of_a_request_that_never_ended_do_not_stay(hub, loader):
+    first = hub.push({"model-1-of-2.safetensors": noise(2000, 1), "model-2-of-2.safetensors": noise(3000, 2)})
+    hub.storage.forever = True
+    hub.storage.faults["model-2-of-2.safetensors"] = [(STATUS, 500)]
+    with pytest.raises(TransientError):
+        await loader(source(hub, revision=first), retries=2, connections=1)
+    assert set(loader.files()) == {"model-1-of-2.safetensors"}
+    second = hub.push({"model.safetensors": noise(1000, 3)})
+    await loader(source(hub, revision=second))
+    assert set(loader.files()) == {"model.safetensors"}
 
 
 async def test_marker_goes_before_anything_changes(hub, loader):
