@@ -49,15 +49,19 @@ PERMISSIONS = (
     Permission("apps", ("deployments",), OWN, "runtimes of one pod, routers"),
     Permission("batch", ("jobs",), OWN, "model downloads"),
     Permission("leaderworkerset.x-k8s.io", ("leaderworkersets",), OWN, "runtimes of several pods"),
-    Permission("workloads.x-k8s.io", ("rolebasedgroups",), OWN, "prefill and decode in one group"),
+    Permission(
+        "workloads.x-k8s.io", ("rolebasedgroups", "rolebasedgroupsets"), OWN, "runtimes in groups; Arks' sets of them"
+    ),
     Permission("gateway.networking.k8s.io", ("httproutes",), OWN, "an endpoint's route"),
     Permission("rbac.authorization.k8s.io", ("roles", "rolebindings"), OWN, "routers find pods, Dynamo its workers"),
     Permission("nvidia.com", ("dynamoworkermetadatas",), (*OWN, "update"), "given on to Dynamo's workers, not used"),
     Permission("", ("pods",), READ, "which engines are ready, at which address"),
+    Permission("", ("pods/log",), ("get",), "how far a download is"),
+    Permission("", ("nodes",), READ, "where a model is to be preloaded"),
+    Permission("", ("secrets",), READ, "tokens and download secrets, by the names that objects give; rotation is seen"),
     Permission("discovery.k8s.io", ("endpointslices",), READ, "engines behind Services that users name"),
     Permission("gateway.networking.k8s.io", ("gateways",), READ, "a condition where an endpoint's Gateway is missing"),
     Permission("gateway.envoyproxy.io", ("backends",), READ, "engines outside the cluster"),
-    Permission("", ("secrets",), ("get",), "a token's or a download's secret, by the name that its object gives"),
     Permission("", ("events",), ("create",), "what happened, on transitions"),
     Permission("coordination.k8s.io", ("leases",), ("create", "get", "update"), "one replica leads", NAMESPACE),
 )

@@ -9,9 +9,10 @@ import pytest
 
 from tests.harness.envoy_gateway import binaries, custom_resources, kustomize_build
 from tests.harness.go_build import NoGoError
-from tests.harness.kubernetes import KubeApi, Object
+from tests.harness.kubernetes import CONTROLLERS, KubeApi, Object, controller_manager
 
 MANIFESTS = Path(__file__).parents[2] / "manifests"
+STAND_INS = Path(__file__).parents[1] / "harness" / "crds"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -19,6 +20,7 @@ def built() -> None:
     """The programs, out of the cache or built now: minutes, the first time."""
     try:
         binaries()
+        controller_manager()
     except NoGoError as error:
         pytest.skip(f"Envoy Gateway cannot be built: {error}")
 
@@ -32,8 +34,8 @@ def product(built: None) -> list[Object]:
 @pytest.fixture(scope="session")
 def cluster(product: list[Object]) -> Iterator[KubeApi]:
     """Our manifests applied on an API server that knows Envoy Gateway's kinds; nobody acts on them."""
-    with KubeApi() as api:
+    with KubeApi(controllers=CONTROLLERS) as api:
         for name in ("gateway-api", "envoy-gateway", "prometheus", "keda"):
             api.apply(*custom_resources(name))
-        api.apply(*product)
+        api.apply(STAND_INS, *product)
         yield api
