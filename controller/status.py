@@ -103,6 +103,10 @@ class StatusWriter:
             self._tell(about, verdict, known.get(verdict.type))
         return True
 
+    def latest(self, about: About) -> Mapping[str, Any]:
+        """The status as it is now: what we wrote, while the watch has not brought it back yet."""
+        return self._live((about.resource.kind, about.namespace, about.name), about)
+
     def forget(self, resource: Resource, namespace: str, name: str) -> None:
         """The object is gone."""
         self._written.pop((resource.kind, namespace, name), None)

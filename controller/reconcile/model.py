@@ -63,22 +63,23 @@ async def reconcile_model(context: Context, key: Key) -> float | None:
     if model.metadata.deletion_timestamp is not None:
         await release(context.client, _RESOURCE, *key, model.metadata.finalizers, entry.version)
         return None
-    found = await _Model(context, model).step()
+    told = about(model, entry.version)
+    found = await _Model(context, model, context.status.latest(told)).step()
     status: dict[str, Any] = {"phase": _phase(found)}
     revision = found.revision or (model.status.revision if _is_loaded(found) else "")
     if revision:
         status["revision"] = revision
     if found.progress is not None and found.progress.files_total is not None:
-        told = found.progress
+        report = found.progress
         status["progress"] = {
-            "bytesDone": told.bytes_done,
-            "filesDone": told.files_done,
-            "filesTotal": told.files_total,
-            **({"bytesTotal": told.bytes_total} if told.bytes_total is not None else {}),
+            "bytesDone": report.bytes_done,
+            "filesDone": report.files_done,
+            "filesTotal": report.files_total,
+            **({"bytesTotal": report.bytes_total} if report.bytes_total is not None else {}),
         }
     if found.nodes:
         status["preloadedNodes"] = found.nodes
-    await context.status.write(about(model, entry.version), _verdicts(found), status)
+    await context.status.write(told, _verdicts(found), status)
     return found.again_s
 
 
@@ -108,9 +109,10 @@ def _verdicts(found: _Pass) -> list[Verdict]:
 class _Model:
     """One pass over one resource."""
 
-    def __init__(self, context: Context, model: ArksModel) -> None:
-        self._context, self._model = context, model
+    def __init__(self, context: Context, model: ArksModel, status: Mapping[str, Any]) -> None:
+        self._context, self._model, self._status = context, model, status
         self._namespace = model.metadata.namespace
+        self._claimed_at = ""  # when the present claim was made
         self._found = _Pass()
 
     async def step(self) -> _Pass:
@@ -135,6 +137,7 @@ class _Model:
             text = f"spec.storage.pvc: the claim {claim['metadata']['name']} is lost or being deleted"
             found.storage = Verdict("StorageCreated", "False", "StorageCreating", text)
             return found
+        self._claimed_at = str(claim["metadata"].get("creationTimestamp", "")) if claim is not None else ""
         found.storage = Verdict("StorageCreated", "True", "CreateSucceeded", "The storage is there")
         if first.job is None:
             await self._drop_jobs(set())
@@ -231,10 +234,13 @@ class _Model:
         return loading
 
     def _was_loaded(self) -> bool:
-        """This very request was loaded before, as far as the status remembers."""
-        status = self._model.status
-        loaded = any(each.type == "ModelLoaded" and each.status == "True" for each in status.conditions)
-        return loaded and status.observed_generation == self._model.metadata.generation
+        """This very request was loaded before, as far as the status remembers, and into the present claim."""
+        conditions = self._status.get("conditions") or ()
+        loaded = next((each for each in conditions if each["type"] == "ModelLoaded" and each["status"] == "True"), None)
+        if loaded is None or self._status.get("observedGeneration") != self._model.metadata.generation:
+            return False
+        # Both are RFC 3339 in UTC: they compare as text.
+        return str(loaded.get("lastTransitionTime", "")) >= self._claimed_at
 
     def _retry_in_s(self, loading: Loading, job: Object | None = None) -> float:
         if job is not None:

@@ -43,12 +43,8 @@ def choose(
         if preferred in available:
             return available[preferred], None
         return None, _missing(f"annotation {WORKLOAD_ANNOTATION} asks for {preferred!r}", size)
-    if observed.find("Deployment", _deployment_name(application, disaggregated=disaggregated)) and size == 1:
-        return available["deployment"], None
-    for name in ("rbg", "lws"):
-        if name in available:
-            return available[name], None
-    if size == 1:
+    groups = [name for name in ("rbg", "lws") if name in available]
+    if size == 1 and not groups:
         note = Problem(
             "WorkloadApiMissing",
             "spec.size",
@@ -56,6 +52,10 @@ def choose(
             blocking=False,
         )
         return available["deployment"], note
+    if observed.find("Deployment", _deployment_name(application, disaggregated=disaggregated)) and size == 1:
+        return available["deployment"], None
+    if groups:
+        return available[groups[0]], None
     return None, _missing("groups of several pods need LeaderWorkerSet or RoleBasedGroup", size)
 
 

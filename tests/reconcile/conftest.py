@@ -34,10 +34,10 @@ def gateway_kinds() -> list[Object]:
 
 
 @pytest.fixture(scope="session")
-def cluster(kube_cluster: KubeApi) -> Iterator[KubeApi]:
+def cluster(kube_cluster: KubeApi) -> KubeApi:
     """Kubernetes with its controllers, our CRDs, Gateway API, and stand-ins for LWS and RBG."""
     kube_cluster.apply(CRDS, STAND_INS, *gateway_kinds())
-    yield kube_cluster
+    return kube_cluster
 
 
 class Room:
@@ -105,16 +105,22 @@ class Room:
         found = await self.until(
             kind,
             name,
-            lambda item: (c := condition(item, type_)) and c["status"] == status and (not reason or c["reason"] == reason),
+            lambda item: (
+                (c := condition(item, type_)) and c["status"] == status and (not reason or c["reason"] == reason)
+            ),
             f"{type_}={status} {reason}",
         )
         return condition(found, type_)
+
+    async def event(self, name: str, type_: str, reason: str) -> None:
+        await wait_for(lambda: (type_, reason) in self.events(name))
 
     async def phase(self, kind: str, name: str, phase: str) -> Object:
         return await self.until(kind, name, lambda item: item.get("status", {}).get("phase") == phase, f"phase {phase}")
 
     async def gone(self, kind: str, name: str) -> None:
-        await wait_for(lambda: self.find(kind, name) is None)
+        """The cluster's collector takes up to half a minute to know a kind that was installed just now."""
+        await wait_for(lambda: self.find(kind, name) is None, 45.0)
 
 
 VERSIONS = {
@@ -223,7 +229,7 @@ class Running:
 
 async def _until(check: Callable[[], Any], timeout_s: float = TIMEOUT_S) -> None:
     async with asyncio.timeout(timeout_s):
-        while not check():
+        while not check():  # noqa: ASYNC110 - whatever it is, it has no event
             await asyncio.sleep(0.02)
 
 

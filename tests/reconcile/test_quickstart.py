@@ -53,5 +53,5 @@ async def test_the_quickstart_of_arks_serves(room, running, actor, gateway):
     assert route["spec"]["rules"][0]["backendRefs"][0]["name"] == "arks-application-app-qwen"
     for kind, name in (("ArksToken", "example-token"), ("ArksQuota", "basic-quota"), ("ArksEndpoint", "qwen-7b")):
         await room.condition(kind, name, "Accepted", "True")
-    assert ("Normal", "Running") in room.events("app-qwen")
+    await room.event("app-qwen", "Normal", "Running")
     assert "sk-test123456" not in str(room.api.list("v1", "Event", room.namespace))
