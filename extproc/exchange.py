@@ -56,7 +56,8 @@ CLIENT_CLOSED_REQUEST: Final = 499
 _ENGINE_FAULTS: Final = frozenset({"engine_error", "engine_overloaded", "engine_bad_encoding"})
 _ENDINGS: Final = {
     CLIENT_DISCONNECTED: (CLIENT_CLOSED_REQUEST, Outcome.ABANDONED),
-    ENGINE_LOST: (502, Outcome.UNREACHABLE),
+    # Not UNREACHABLE: requests that make an engine break off must not close it to all. A probe asks now if it died.
+    ENGINE_LOST: (502, Outcome.FAILED),
     STREAM_TIMEOUT: (504, Outcome.FAILED),
 }
 """status and engine's record of a request that broke off, by reason"""

@@ -25,11 +25,12 @@ _ENGINE_HEADERS: Final = ("x-vllm-priority", "x-session-id", "x-data-parallel-ra
 """vLLM takes these for the body's fields of the same purpose, which admission removes (0.32)"""
 
 # Credentials stop here: engines need none of ours, and their logs are not ours to keep clean. A compressed answer could
-# not have its usage event hidden in place, so engines are asked for plain ones.
+# not have its usage event hidden in place, so engines are asked for plain ones. What was read and metered as plain JSON
+# must be read as that by the engine, too: it is not told of an encoding.
 _STRIPPED: Final = b"".join(
     messages.remove_header(name)
     for name in (
-        *("authorization", "x-api-key", "accept-encoding", *_ENGINE_HEADERS),
+        *("authorization", "x-api-key", "accept-encoding", "content-encoding", *_ENGINE_HEADERS),
         *(name for name in OWNED_HEADERS if name not in _SET),
     )
 )
