@@ -1,6 +1,9 @@
 """Plain and streamed answers through a real Envoy: untouched but for the usage event nobody asked for, and metered."""
 
+import asyncio
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -41,6 +44,16 @@ async def test_plain_answer_is_metered_exactly(gateway: Gateway, session):
     assert row["prompt_tokens"] == body["usage"]["prompt_tokens"]
     assert row["completion_tokens"] == body["usage"]["completion_tokens"] == 7
     assert row["accuracy"] == "exact"
+
+
+async def test_command_prints_the_rows(gateway: Gateway):
+    """`arks usage` as users run it; everywhere else its code is called in this process."""
+    command = [sys.executable, "-m", "arks", "usage", "--state", str(gateway.state), "--json"]
+    printed = await asyncio.to_thread(subprocess.run, command, check=True, capture_output=True, text=True)
+    assert [json.loads(line) for line in printed.stdout.splitlines()] == gateway.usage()
+    wanted = {"request_id", "time", "token", "namespace", "model", "endpoint", "engine", "status", "prompt_tokens"}
+    wanted |= {"completion_tokens", "cached_tokens", "reasoning_tokens", "accuracy", "stream", "duration_ms", "ttft_ms"}
+    assert wanted <= gateway.usage()[0].keys()
 
 
 async def test_usage_event_is_hidden_from_a_client_that_did_not_ask(gateway: Gateway, engine, session):

@@ -186,6 +186,9 @@ async def test_credentials_and_owned_headers_never_reach_the_engine(gateway, eng
         "x-arks-priority": "1000",
         "x-envoy-upstream-rq-timeout-ms": "1",
         "x-envoy-retry-on": "5xx",
+        "content-encoding": "identity",
+        "x-vllm-priority": "-100",
+        "x-data-parallel-rank": "3",
         "x-custom": "kept",
     }
     async with session.post(gateway.url + CHAT, json=chat(), headers=forged) as answer:
@@ -195,9 +198,19 @@ async def test_credentials_and_owned_headers_never_reach_the_engine(gateway, eng
     assert headers["x-gateway-destination-endpoint"] == engine.address
     assert (headers["model"], headers["namespace"], headers["username"]) == ("qwen-7b", "default", "alice")
     gone = {"authorization", "x-api-key", "x-gateway-destination-endpoint-subset", "x-arks-tenant", "x-arks-priority"}
-    gone |= {"x-envoy-upstream-rq-timeout-ms", "x-envoy-retry-on"}
+    gone |= {"x-envoy-upstream-rq-timeout-ms", "x-envoy-retry-on", "x-vllm-priority", "x-data-parallel-rank"}
     assert not gone & headers.keys()
     assert "sk-alice" not in json.dumps(headers)
+
+
+async def test_engine_reads_the_body_as_it_was_metered(gateway, engine, session):
+    """A body may be valid JSON and, decompressed, another one: an engine must not be told to decompress."""
+    headers = {**ALICE, "Content-Type": "application/json", "Content-Encoding": "deflate"}
+    async with RawClient(gateway.url) as client:
+        assert (await client.request(ODD, headers=headers)).status == 200
+    request = await arrived(engine, session)
+    assert request["body"] == ODD
+    assert "content-encoding" not in request["headers"]
 
 
 async def test_public_model_name_goes_to_the_engine_as_it_is(gateway, engine, session):
@@ -248,6 +261,35 @@ async def test_http2_upload(gateway, engine, session, body, say_length):
     if body is CHANGED:
         assert events(answer.body)[-1] == "[DONE]"
         assert b'"usage"' not in answer.body
+
+
+@pytest.mark.parametrize("body", [ODD, CHANGED], ids=["as it is", "changed"])
+async def test_http2_upload_that_ends_in_trailers(gateway, engine, session, body):
+    headers = {**ALICE, "content-type": "application/json", "x-request-id": str(uuid.uuid4())}
+    answer = await http2_request(gateway.url, CHAT, headers, body, trailers={"x-checksum": "1"})
+    assert answer.status == 200, answer
+    request = await arrived(engine, session)
+    assert request["body"].startswith(body[:-1])
+    assert length_of(request) in (None, len(request["body"]))
+    assert (await gateway.row_of(headers["x-request-id"]))["completion_tokens"] == 3
+
+
+async def test_body_that_waits_for_100_continue(gateway, engine, session):
+    headers = {**ALICE, "Content-Type": "application/json", "Expect": "100-continue"}
+    async with RawClient(gateway.url) as client:
+        await client.send(head("POST", CHAT, headers, ODD))
+        assert b"100" in await client.reader.readline()
+        assert await client.reader.readline() == b"\r\n"
+        await client.send(ODD)
+        assert (await client.answer()).status == 200
+    assert (await arrived(engine, session))["body"] == ODD
+
+
+async def test_refusal_at_the_headers_does_not_ask_for_the_body(gateway):
+    headers = {"Authorization": "Bearer sk-nobody", "Expect": "100-continue"}
+    async with RawClient(gateway.url) as client:
+        await client.send(head("POST", CHAT, headers, b"x" * 10_000_000))
+        assert (await client.answer()).status == 401
 
 
 async def test_upload_one_byte_at_a_time(gateway, engine, session):

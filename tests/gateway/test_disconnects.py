@@ -7,7 +7,7 @@ import aiohttp
 import pytest
 
 from tests.harness.client import CHAT, RawClient, bearer, chat, head
-from tests.harness.gateway import endpoint, policy, quota, running_engine, running_gateway, sum_series, token
+from tests.harness.gateway import endpoint, policy, quota, running_engine, running_gateway, sum_series, token, until
 
 LIMIT = 10**9
 POLICY = policy(
@@ -128,6 +128,40 @@ async def test_engine_that_resets_its_stream_is_not_taken_for_a_client_that_left
     assert (row["status"], row["error"], row["accuracy"]) == (502, "engine_lost", "estimated")
     assert row["completion_tokens"] == chunks
     assert await charged(gateway, session) - before == row["prompt_tokens"] + row["completion_tokens"]
+
+
+async def test_engine_that_breaks_off_streams_but_lives_stays_open_to_all(gateway, session):
+    """Some request makes it reset: one tenant's doing is not to close the only engine to everybody."""
+    for _ in range(8):
+        headers = asking("reset_after_chunks=1")
+        async with session.post(gateway.url + CHAT, json=LONG, headers=headers) as answer:
+            with pytest.raises(aiohttp.ClientPayloadError):
+                await answer.read()
+        await gateway.row_of(headers["x-request-id"])
+        async with session.post(gateway.url + CHAT, json=chat(max_tokens=1), headers=ALICE) as answer:
+            assert answer.status == 200
+
+
+async def test_requests_that_share_an_id_are_each_in_the_ledger(gateway, session):
+    """Clients choose their ids; a careless one is not to lose, or merge, rows."""
+    headers = asking()
+
+    async def leave() -> None:
+        async with session.post(gateway.url + CHAT, json=LONG, headers=headers) as answer:
+            await read_events(answer, 5)
+            answer.close()
+
+    async def stay() -> None:
+        async with session.post(gateway.url + CHAT, json=chat(max_tokens=2), headers=headers) as answer:
+            assert answer.status == 200
+            await answer.read()
+
+    await asyncio.gather(leave(), stay(), leave())
+    request_id = headers["x-request-id"]
+    await until(lambda: gateway.count(request_id) == 3)
+    rows = [row for row in gateway.usage() if row["request_id"] == request_id]
+    assert sorted(row["status"] for row in rows) == [200, 499, 499]
+    assert len({row["id"] for row in rows}) == 3
 
 
 async def test_nothing_is_left_open_after_all_of_these(gateway, session):

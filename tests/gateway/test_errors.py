@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gzip
 import json
 import re
 import socket
@@ -162,7 +163,8 @@ CASES = [
     ),
     Case("duplicate_field", body=bodies(', "model": "secluded"')),
     Case("missing_model", body={"messages": [{"role": "user", "content": MARK}]}, param="model"),
-    Case("unsupported_encoding", headers={"Content-Encoding": "gzip"}),
+    Case("unsupported_encoding", body=gzip.compress(json.dumps(chat()).encode()), headers={"Content-Encoding": "gzip"}),
+    Case("unsupported_encoding", "unsupported_encoding, br", body=b"\x8b\x02", headers={"Content-Encoding": "br"}),
     Case("rate_limit_exceeded", token="slow-pace"),
     Case("quota_exceeded", token="spent", body=chat(max_tokens=100, user=MARK)),
     Case("quota_not_found", token="unquoted"),
@@ -289,6 +291,26 @@ async def test_secrets_and_bodies_are_nowhere(gateway, session):
         assert SECRET.encode() not in content, where
         if where != "access log":  # a path is logged there without its query, and one case has the mark in its path
             assert MARK.encode() not in content, where
+
+
+ENVOYS_OWN = {
+    400: b"GET /v1/models HTTP/1.1\r\nhost: x\r\nno header at all\r\n\r\n",
+    431: b"GET /v1/models HTTP/1.1\r\nhost: x\r\n" + b"x-filler: y\r\n" * 300 + b"\r\n",
+}
+"""What Envoy answers alone. 502 is in test_streams, 503 in test_crash; 408 and 504 take minutes, or extproc's word"""
+
+
+@pytest.mark.parametrize("status", ENVOYS_OWN)
+async def test_envoys_own_answer_has_the_same_shape(gateway, status):
+    async with RawClient(gateway.url) as client:
+        await client.send(ENVOYS_OWN[status])
+        answer = await client.answer()
+    kind, code = next((kind, code) for known, kind, code, _ in ENVOYS_OWN_ERRORS if known == status)
+    assert (answer.status, answer.code) == (status, code)
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.json()["type"] == "error"
+    assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
+    assert answer.json()["error"]["type"] == kind
 
 
 @pytest.mark.xfail(

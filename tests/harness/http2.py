@@ -21,6 +21,7 @@ async def http2_request(
     *,
     method: str = "POST",
     say_length: bool = True,
+    trailers: Mapping[str, str] | None = None,
     timeout_s: float = 30.0,
 ) -> RawAnswer:
     """Raises ConnectionResetError where the stream is reset."""
@@ -28,7 +29,7 @@ async def http2_request(
     async with asyncio.timeout(timeout_s):
         reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
         try:
-            return await _Exchange(reader, writer).run(method, path, headers, body, say_length)
+            return await _Exchange(reader, writer).run(method, path, headers, body, say_length, trailers)
         finally:
             writer.transport.abort()
 
@@ -42,7 +43,13 @@ class _Exchange:
         self._ended = False
 
     async def run(
-        self, method: str, path: str, headers: Mapping[str, str], body: bytes | None, say_length: bool
+        self,
+        method: str,
+        path: str,
+        headers: Mapping[str, str],
+        body: bytes | None,
+        say_length: bool,
+        trailers: Mapping[str, str] | None,
     ) -> RawAnswer:
         http2 = self._http2
         http2.initiate_connection()
@@ -58,9 +65,11 @@ class _Exchange:
             if room == 0:
                 await self._read()
                 continue
-            http2.send_data(stream, rest[:room], end_stream=room >= len(rest))
+            http2.send_data(stream, rest[:room], end_stream=room >= len(rest) and not trailers)
             rest = rest[room:]
             await self._write()
+        if trailers and not self._ended:
+            http2.send_headers(stream, list(trailers.items()), end_stream=True)
         await self._write()
         while not self._ended:
             await self._read()
