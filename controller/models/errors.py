@@ -3,7 +3,7 @@
     LoadError                 knows its `reason`, the `field` of the ArksModel to look at, and the exit code
     ├── LastingError          exit 3: the same request fails until somebody changes something
     │   └── NoSpaceError      the volume is too small
-    └── TransientError        exit 1: the same request may succeed later; a server may say when
+    └── TransientError        exit 1: the same request may succeed later
         ├── ChangedError      the source's files changed while they were loaded: list again
         └── ContentError      what arrived is not what the source promised
 
@@ -42,9 +42,7 @@ class NoSpaceError(LastingError):
 
 
 class TransientError(LoadError):
-    def __init__(self, reason: str, message: str, *, field: str = "", retry_after_s: float = 0.0) -> None:
-        super().__init__(reason, message, field=field)
-        self.retry_after_s = retry_after_s
+    exit_code = EXIT_TRANSIENT
 
 
 class ChangedError(TransientError):

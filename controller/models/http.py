@@ -149,7 +149,7 @@ class Http:
             if wait_s:
                 self._not_before[host] = max(self._not_before.get(host, 0.0), time.monotonic() + wait_s)
             told = {429: "TooManyRequests"}.get(status, "SourceUnavailable")
-            return TransientError(told, f"{host} answers {status}", retry_after_s=wait_s)
+            return TransientError(told, f"{host} answers {status}")
         return RefusedError(Answer(status, host, response.headers))
 
 
@@ -167,10 +167,8 @@ class Patience:
         self._failures += 1
         if self._failures > self._settings.retries:
             raise error
-        longest_s = self._settings.backoff_longest_s
-        await asyncio.sleep(
-            max(error.retry_after_s, pause_s(self._failures, self._settings.backoff_first_s, longest_s))
-        )
+        first_s, longest_s = self._settings.backoff_first_s, self._settings.backoff_longest_s
+        await asyncio.sleep(pause_s(self._failures, first_s, longest_s))
 
 
 async def persistently(

@@ -34,6 +34,7 @@ class Hub:
     api: Origin = field(default_factory=Origin)
     storage: Origin = field(default_factory=Origin)
     lie_sizes: dict = field(default_factory=dict)
+    on_resolved: object = None
     on_listed: object = None
     extra_entries: list = field(default_factory=list)
 
@@ -88,6 +89,8 @@ class Hub:
         if commit not in self.commits:
             return web.Response(status=404, headers={"X-Error-Code": "RevisionNotFound"})
         if what == "revision":
+            if self.on_resolved:
+                self.on_resolved()
             return web.json_response({"id": self.model, "sha": commit})
         entries = [{"type": "directory", "oid": "0" * 40, "size": 0, "path": "folder"}]
         for path, content in self.commits[commit].items():

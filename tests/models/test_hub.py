@@ -59,9 +59,10 @@ async def test_marker_beside_a_lost_file_is_not_believed(hub, loader):
     assert hub.sent - sent <= 1, "the volume's cache had it; only the right to read was asked for"
 
 
-async def test_branch_that_moves_while_loading_changes_nothing(hub, loader):
+@pytest.mark.parametrize("when", ["on_resolved", "on_listed"])
+async def test_branch_that_moves_while_loading_changes_nothing(hub, loader, when):
     first = hub.push(FILES)
-    hub.on_listed = lambda: hub.push({"config.json": b"new"})
+    setattr(hub, when, lambda: hub.push({"config.json": b"new"}))
     marker = await loader(source(hub))
     assert marker.revision == first
     assert loader.files() == FILES
@@ -126,6 +127,21 @@ async def test_busy_and_broken_servers_are_waited_for(hub, loader):
     await loader(source(hub))
     assert loader.files() == FILES
     assert time.monotonic() - began >= 0.3, "it came back before it was asked to"
+
+
+async def test_a_host_that_asks_for_patience_gets_it_from_every_connection(hub, loader):
+    hub.push({"a.bin": noise(2000, 1), "b.bin": noise(2000, 2), "c.bin": noise(2000, 3)})
+    came = []
+
+    class Faults(dict):
+        def get(self, name, default=None):
+            came.append(time.monotonic())
+            return [(STATUS, 429, {"Retry-After": "0.4"})] if len(came) == 1 else None
+
+    hub.storage.faults = Faults()
+    await loader(source(hub), connections=1)
+    assert len(came) == 4
+    assert came[1] - came[0] >= 0.4
 
 
 async def test_expired_signed_url_is_asked_for_again(hub, loader):

@@ -131,6 +131,22 @@ async def test_an_object_that_is_replaced_meanwhile_is_listed_again(store, loade
     assert loader.files()["config.json"] == b"{} "
 
 
+async def test_two_versions_of_an_object_are_never_mixed(store, loader):
+    # No digest tells here, and the size is the same.
+    versions = [Stored(noise(700_000, seed), kms=True, etag=f"{seed}" * 32) for seed in (1, 2)]
+    store.objects = {"qwen/a.bin": versions[0]}
+
+    async def send(request, name, content, headers=None, real=store.origin.send):
+        answer = await real(request, name, content, headers)
+        if request.method == "GET":
+            store.objects["qwen/a.bin"] = versions[1]
+        return answer
+
+    store.origin.send = send
+    await loader(source(store), environment=KEYS, connections=1)
+    assert loader.files() == {"a.bin": versions[1].content}
+
+
 async def test_objects_encrypted_with_a_key_keep_their_size(store, loader):
     store.objects = {"qwen/a.bin": Stored(noise(1000), kms=True, etag="0" * 32)}
     marker = await loader(source(store), environment=KEYS)
