@@ -102,6 +102,8 @@ class Gateway:
             # What is loaded now lives as long as the process: the collector need not visit it again and again.
             gc.collect()
             gc.freeze()
+            # Nothing on a request's way forms cycles; the defaults would look for them every few requests.
+            gc.set_threshold(50_000, 20, 100)
             for name, work in (
                 ("policy folder", self._source.run),
                 ("policy", self._follow_policy),

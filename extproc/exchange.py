@@ -29,13 +29,16 @@ from extproc.replies import Replies
 from extproc.snapshot.index import LiveIndex, Principal
 from extproc.transport.core import CloseReason, GrpcError
 from extproc.usage.model import Api, Tap, Usage
+from extproc.usage.shapes import read_usual_body
 from extproc.usage.taps import make_tap
 
 _REQUEST: Final = HeaderNames(":method", ":path", "authorization", "x-request-id")
 _API_KEY: Final = HeaderNames("x-api-key")
 _LENGTH: Final = HeaderNames("content-length")
 _ENCODING: Final = HeaderNames("content-encoding")
-_RESPONSE: Final = HeaderNames(":status", "content-type", "content-encoding")
+_RESPONSE: Final = HeaderNames(":status", "content-type")
+_ENCODED: Final = b"content-encoding"
+_OPENAI: Final = frozenset({"chat", "completions", "embeddings"})
 _UPSTREAM: Final = Attribute("upstream.address")
 _DETAILS: Final = Attribute("response.code_details")
 _BY_ENGINE: Final = b"\x1a\x0cvia_upstream"
@@ -101,6 +104,8 @@ class Exchange:
     _head: tuple[bytes, int, int] | None = None
     """the request's headers, until the body has come"""
     _admitted: Admitted | None = None
+    _answer: tuple[bytes, bytes] | None = None
+    """content type and encoding of an answer that is to be followed"""
     _tap: Tap | None = None
     _settled = False
     _status = 0
@@ -132,7 +137,7 @@ class Exchange:
             if kind == _RESPONSE_HEADERS:
                 return self._response_headers(message)
             return self._other(message)
-        except messages.BadMessage:
+        except (messages.BadMessage, IndexError):
             raise GrpcError(INVALID_ARGUMENT, "not an ext_proc message") from None
 
     def _other(self, message: bytes) -> bytes | None:
@@ -227,7 +232,8 @@ class Exchange:
 
     def _response_headers(self, message: bytes) -> bytes:
         at, end, no_body, behind = messages.headers_of(message)
-        status, content_type, encoding = _RESPONSE.find(message, at, end)
+        status, content_type = _RESPONSE.find(message, at, end)
+        encoding = None if message.find(_ENCODED, at, end) < 0 else _ENCODING.find(message, at, end)[0]
         self._status = int(status) if status and status.isdigit() else 0
         admitted, replies = self._admitted, self._deps.replies
         # The usual answer is the picked engine's own: two looks for what Envoy then says, instead of reading it.
@@ -244,13 +250,9 @@ class Exchange:
         if no_body:
             self._settle_complete()
         elif self._status < 300:
-            self._tap = make_tap(
-                self._api,
-                stream=admitted.stream,
-                content_type=(content_type or b"").decode("latin-1"),
-                content_encoding=encoding.decode("latin-1") if encoding else "",
-                hide_usage=admitted.hide_usage,
-            )
+            self._answer = answer = (content_type or b"", encoding or b"")
+            if admitted.stream or content_type != b"application/json" or encoding:
+                self._tap = self._new_tap(admitted, answer)
         mutation = replies.standing(admitted.lease)
         if admitted.hide_usage:
             mutation += _CHANGED_LENGTH
@@ -290,13 +292,31 @@ class Exchange:
         self._engine = served
         self._attempt = 2
 
+    def _new_tap(self, admitted: Admitted, answer: tuple[bytes, bytes]) -> Tap:
+        content_type, encoding = answer
+        return make_tap(
+            self._api,
+            stream=admitted.stream,
+            content_type=content_type.decode("latin-1"),
+            content_encoding=encoding.decode("latin-1"),
+            hide_usage=admitted.hide_usage,
+        )
+
     def _response_body(self, message: bytes) -> bytes:
         chunk, end_of_stream = messages.body_of(message)
         tap = self._tap
         if tap is None:
-            if end_of_stream:
-                self._settle_complete()
-            return messages.CONTINUE_RESPONSE_BODY
+            admitted, answer = self._admitted, self._answer
+            if answer is None or admitted is None:
+                if end_of_stream:
+                    self._settle_complete()
+                return messages.CONTINUE_RESPONSE_BODY
+            # A JSON answer. Most come whole in one piece, and their usage is read without following them.
+            if end_of_stream and self._api in _OPENAI and (usage := read_usual_body(chunk)) is not None:
+                self._ttft_s = time.monotonic() - self._started_s
+                self._settle(usage, "exact", "", Outcome.OK)
+                return messages.CONTINUE_RESPONSE_BODY
+            tap = self._tap = self._new_tap(admitted, answer)
         changed = tap.feed(chunk, end_of_stream)
         if self._ttft_s is None and tap.started:
             self._ttft_s = time.monotonic() - self._started_s

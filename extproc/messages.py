@@ -184,11 +184,13 @@ class HeaderNames:
     def find(self, message: bytes, at: int, end: int) -> list[bytes | None]:
         """The first non-empty value of each in the map at message[at:end], in the names' order; None where absent."""
         found: list[bytes | None] = []
+        search = message.find
         for needle, size, key in self._needles:
-            start = message.find(needle, at, end) + size
-            if start >= size and start <= end:
+            start = search(needle, at, end)
+            if start >= 0:
+                start += size
                 stop = start + message[start - 1]
-                if stop - start < 0x80 and stop <= end:
+                if stop <= end and stop < start + 0x80:
                     found.append(message[start:stop])
                     continue
             found.append(_header(message, key, at, end))
