@@ -13,10 +13,11 @@ from controller.kube.errors import ForbiddenError
 from controller.kube.resource import Key
 from controller.reconcile.context import RESYNC_S, UNSETTLED_S, Context, about
 from controller.reconcile.desired.endpoint import Backend, DesiredEndpoint, desired_endpoint, discovered
+from controller.reconcile.desired.metadata import owner_reference
 from controller.reconcile.desired.phase import Verdict
 from controller.reconcile.finalizers import is_ours, release
 from controller.reconcile.kinds import ARKS, GATEWAY_API
-from controller.reconcile.writing import REFUSED_AGAIN_S, Refusal
+from controller.reconcile.writing import REFUSED_AGAIN_S, Refusal, left_by_namesake
 from controller.workloads.model import Deletion
 
 _RESOURCE = ARKS["ArksEndpoint"]
@@ -38,7 +39,8 @@ async def reconcile_endpoint(context: Context, key: Key) -> float | None:
         return UNSETTLED_S
     route = watches.routes.get(key)
     backends = _backends(context, endpoint)
-    desired = desired_endpoint(endpoint, backends, route)
+    judged = route is not None and not left_by_namesake(route, owner_reference(endpoint))
+    desired = desired_endpoint(endpoint, backends, route if judged else None)
     refusal: Refusal | None = None
     if desired.route is not None and watches.serves(GATEWAY_API, "HTTPRoute"):
         refusal = await context.writer.apply(endpoint.metadata.uid, desired.route, trusted=route is not None)

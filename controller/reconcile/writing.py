@@ -7,6 +7,7 @@ queue tries again. Every call goes through a fenced client.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -93,6 +94,9 @@ class Writer:
         try:
             if live is not None and _deleting(live):
                 return None  # its end will call us again
+            if live is not None and left_by_namesake(live, body["metadata"]["ownerReferences"][0]):
+                await self._remove(resource, live)
+                return None
             if live is not None and _stranger(live, uid, body):
                 return Refusal(kind, key.name, "NameTaken", "an object of this name is not ours; rename one of them")
             if live is not None and "managedFields" in live["metadata"]:
@@ -117,8 +121,7 @@ class Writer:
         if live is not None and _deleting(live):
             return None
         resource = self._resource(gone.api_version, gone.kind)
-        self._applier.forget(resource, gone.name, gone.namespace)
-        self._wrote.pop((gone.kind, key), None)
+        self._forget(resource, key)
         uid = uid_of(live) if live is not None else ""
         try:
             await self._client.delete(resource, gone.name, gone.namespace, uid=uid, propagation=gone.propagation)
@@ -127,6 +130,17 @@ class Writer:
         except (InvalidError, ForbiddenError) as error:
             return Refusal(gone.kind, gone.name, error.reason, error.message)
         return None
+
+    async def _remove(self, resource: Resource, live: Object) -> None:
+        """What a deleted namesake of the owner left: the cluster's collector would remove it, in its time."""
+        meta = live["metadata"]
+        self._forget(resource, Key(meta.get("namespace", ""), meta["name"]))
+        with contextlib.suppress(NotFoundError, ConflictError):
+            await self._client.delete(resource, meta["name"], meta.get("namespace", ""), uid=uid_of(live))
+
+    def _forget(self, resource: Resource, key: Key) -> None:
+        self._applier.forget(resource, key.name, key.namespace)
+        self._wrote.pop((resource.kind, key), None)
 
     def _resource(self, api_version: str, kind: str) -> Resource:
         resource = self._watches.find(api_version, kind)
@@ -161,6 +175,14 @@ class Writer:
 
 def _deleting(item: Mapping[str, Any]) -> bool:
     return bool(item["metadata"].get("deletionTimestamp"))
+
+
+def left_by_namesake(live: Object, owner: Object) -> bool:
+    """Made for an object of the owner's kind and name that is no more."""
+    named = (owner["kind"], owner["name"])
+    return any(
+        (each["kind"], each["name"]) == named and each["uid"] != owner["uid"] for each in owners(live)
+    ) and not any(each["uid"] == owner["uid"] for each in owners(live))
 
 
 def _stranger(live: Object, uid: str, body: Object) -> bool:

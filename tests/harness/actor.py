@@ -1,9 +1,9 @@
 """What a cluster's nodes and other controllers would do, small enough to be read, in one namespace.
 
-A kubelet: pods become ready and get an address; a download's pod succeeds. LeaderWorkerSet's and RoleBasedGroup's
-controllers: their objects get pods, labelled as theirs are, and a status; a changed template replaces the pods. A
-Gateway's controller: routes are answered. Deployments, Jobs, owner references and EndpointSlices are left to the real
-kube-controller-manager of `kube_cluster`.
+A kubelet: pods become ready and get an address; a download's pod succeeds; deleted claims go. The controllers of
+LeaderWorkerSet and RoleBasedGroup: their objects get pods, labelled as theirs are, and a status; a changed template
+replaces the pods. A Gateway's controller: routes are answered. Deployments, Jobs, owner references and EndpointSlices
+are left to the real kube-controller-manager of `kube_cluster`.
 
 async with Actor(api, namespace) as actor:
     actor.serving = lambda pod: False     which pods become, or stay, ready; `await actor.again()` after a change
@@ -26,7 +26,7 @@ from controller.kube.client import Client, decoder
 from controller.kube.credentials import from_kubeconfig
 from controller.kube.errors import KubeError, NotFoundError
 from controller.kube.reflector import Reflector
-from controller.kube.resource import PODS, Key, Resource
+from controller.kube.resource import PERSISTENT_VOLUME_CLAIMS, PODS, Key, Resource
 from controller.kube.store import Store
 from tests.harness.kubernetes import KubeApi, Object
 
@@ -52,7 +52,7 @@ class Actor:
         self._addresses = itertools.count(1)
         self._stores: dict[str, Store[Object]] = {}
         self._tasks: list[asyncio.Task[None]] = []
-        self._reflectors = [self._reflect(kind) for kind in (PODS, *kinds)]
+        self._reflectors = [self._reflect(kind) for kind in (PODS, PERSISTENT_VOLUME_CLAIMS, *kinds)]
 
     def _reflect(self, resource: Resource) -> Reflector[Object]:
         def changed(_key: Key, _new: Object | None, _old: Object | None) -> None:
@@ -101,6 +101,7 @@ class Actor:
             await self._leader_worker_set(item)
         for item in self._items("RoleBasedGroup"):
             await self._group(item)
+        await self._claims()
         await self._orphans()
         for pod in self._items("Pod"):
             await self._kubelet(pod)
@@ -192,6 +193,15 @@ class Actor:
                 self._changed.set()
         for goal in wanted.values():
             await self._client.create(PODS, goal)
+
+    async def _claims(self) -> None:
+        """A deleted claim waits until nobody uses it: here nobody does."""
+        for claim in self._stores["PersistentVolumeClaim"].values():
+            meta = claim["metadata"]
+            if meta.get("deletionTimestamp") and meta.get("finalizers"):
+                with contextlib.suppress(NotFoundError):
+                    patch = {"metadata": {"finalizers": None}}
+                    await self._client.patch(PERSISTENT_VOLUME_CLAIMS, meta["name"], self._namespace, patch)
 
     async def _orphans(self) -> None:
         """Pods of an object that went. The real collector learns of a new kind once in 30 s only."""

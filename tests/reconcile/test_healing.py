@@ -128,7 +128,6 @@ async def test_the_weights_are_loaded_again_into_a_claim_that_was_made_anew(room
     await room.phase("ArksModel", "qwen-7b", "Ready")
     job = room.get("Job", "arks-worker-qwen-7b")["metadata"]["uid"]
     actor.loader = "hold"
-    room.patch("PersistentVolumeClaim", "qwen-7b", {"metadata": {"finalizers": None}})
     room.delete("PersistentVolumeClaim", "qwen-7b")
     await room.phase("ArksModel", "qwen-7b", "ModelLoading")
     await room.until("Job", "arks-worker-qwen-7b", lambda item: item["metadata"]["uid"] != job)
