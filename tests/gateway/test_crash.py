@@ -61,6 +61,10 @@ class Load:
                 await asyncio.sleep(0.02)
 
 
+def spent(rows) -> int:
+    return sum(row["prompt_tokens"] + row["completion_tokens"] for row in rows)
+
+
 async def check_books(gateway, session, load: Load, killed_s: float) -> None:
     """The ledger has every answer but those of the last tenth of a second, and the counters agree with it."""
     rows = gateway.usage()
@@ -74,8 +78,7 @@ async def check_books(gateway, session, load: Load, killed_s: float) -> None:
     open_leases = int(sum_series(metrics, "arks_open_leases"))
     # Leases that nobody settles any more: requests under way at the kill, and those whose settling was lost.
     assert open_leases <= 6 + len(lost)
-    spent = sum(row["prompt_tokens"] + row["completion_tokens"] for row in rows)
-    held = sum_series(metrics, "gateway_quota_usage") - spent
+    held = sum_series(metrics, "gateway_quota_usage") - spent(rows)
     assert held >= 0
     assert (held > 0) == (open_leases > 0)
     async with session.post(gateway.url + CHAT, json=chat(max_tokens=3), headers=ALICE) as answer:
@@ -102,6 +105,28 @@ async def test_extproc_killed_under_load_comes_back_with_its_books(engine, sessi
         assert "a part died, starting it again" in gateway.log()
         await gateway.row_of(max(load.ended_s, key=lambda request: load.ended_s[request]))
         await check_books(gateway, session, load, killed_s)
+
+
+async def test_envoy_killed_under_load_leaves_no_request_open(engine, session, tmp_path):
+    """All its exchanges end at once, each is settled, and the new Envoy serves on the same port."""
+    with running_gateway(tmp_path, POLICY, [engine]) as gateway:
+        load = Load(gateway.url)
+        task = asyncio.create_task(load.run(session))
+        await until(lambda: len(load.ended_s) > 100, 30)
+        os.kill(gateway.envoy_pid, signal.SIGKILL)
+        killed_s = time.monotonic()
+        await until(lambda: sum(ended_s > killed_s + 0.1 for ended_s in load.ended_s.values()) > 50, 20)
+        load.stopped.set()
+        await task
+        last = max(load.ended_s, key=lambda request: load.ended_s[request])
+        await gateway.row_of(last)
+        async with asyncio.timeout(10):
+            while sum_series(await gateway.metrics(session), "arks_open_leases"):  # noqa: ASYNC110 - another process
+                await asyncio.sleep(0.05)
+        charged = sum_series(await gateway.metrics(session), "gateway_quota_usage")
+        # Rows of what broke off wait a moment for Envoy's word, which never comes.
+        await until(lambda: spent(gateway.usage()) == charged, 5)
+        assert load.ended_s.keys() <= {row["request_id"] for row in gateway.usage()}
 
 
 async def test_all_killed_and_started_again_on_the_same_state(engine, session, tmp_path):

@@ -1,6 +1,7 @@
 """Answers that end before their end, by client or by engine: charged what was delivered, told apart, stopped."""
 
 import asyncio
+import json
 import uuid
 
 import aiohttp
@@ -8,6 +9,7 @@ import pytest
 
 from tests.harness.client import CHAT, RawClient, bearer, chat, head
 from tests.harness.gateway import endpoint, policy, quota, running_engine, running_gateway, sum_series, token, until
+from tests.harness.http2 import http2_request
 
 LIMIT = 10**9
 POLICY = policy(
@@ -70,6 +72,16 @@ async def test_client_that_leaves_pays_for_what_it_got(gateway, engine, session,
     assert generated - row["completion_tokens"] <= 25
     assert generated < 300
     assert await charged(gateway, session) - before == row["prompt_tokens"] + row["completion_tokens"]
+
+
+async def test_http2_client_that_resets_its_stream_pays_for_what_it_got(gateway, engine, session):
+    headers = {**asking(), "content-type": "application/json"}
+    body = json.dumps(LONG).encode()
+    got = await http2_request(gateway.url, CHAT, headers, body, reset_after_bytes=3000)
+    row = await gateway.row_of(headers["x-request-id"])
+    assert (row["status"], row["error"], row["accuracy"]) == (499, "client_disconnected", "estimated")
+    assert got.body.count(b"data: ") - 1 <= row["completion_tokens"] <= got.body.count(b"data: ") + 25
+    await idle(engine, session)
 
 
 async def test_client_that_leaves_before_the_answer_begins(gateway, engine, session):

@@ -22,21 +22,27 @@ async def http2_request(
     method: str = "POST",
     say_length: bool = True,
     trailers: Mapping[str, str] | None = None,
+    reset_after_bytes: int | None = None,
     timeout_s: float = 30.0,
 ) -> RawAnswer:
-    """Raises ConnectionResetError where the stream is reset."""
+    """Raises ConnectionResetError where the stream is reset. With `reset_after_bytes` of the answer's body it is we who
+    reset the stream, and the connection stays as it is for a moment.
+    """
     parts = urlsplit(url)
     async with asyncio.timeout(timeout_s):
         reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
         try:
-            return await _Exchange(reader, writer).run(method, path, headers, body, say_length, trailers)
+            exchange = _Exchange(reader, writer, reset_after_bytes)
+            return await exchange.run(method, path, headers, body, say_length, trailers)
         finally:
             writer.transport.abort()
 
 
 class _Exchange:
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader, self._writer = reader, writer
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, reset_after_bytes: int | None
+    ) -> None:
+        self._reader, self._writer, self._reset_after_bytes = reader, writer, reset_after_bytes
         self._http2 = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True, header_encoding="utf-8"))
         self._headers: dict[str, str] = {}
         self._body: list[bytes] = []
@@ -89,6 +95,12 @@ class _Exchange:
             elif isinstance(event, h2.events.DataReceived):
                 self._body.append(event.data)
                 self._http2.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+                most = self._reset_after_bytes
+                if most is not None and not self._ended and sum(map(len, self._body)) >= most:
+                    self._http2.reset_stream(event.stream_id)
+                    await self._write()
+                    self._ended = True
+                    await asyncio.sleep(0.3)
             elif isinstance(event, h2.events.StreamEnded):
                 self._ended = True
             elif isinstance(event, h2.events.StreamReset | h2.events.ConnectionTerminated):
