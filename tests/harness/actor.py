@@ -75,8 +75,11 @@ class Actor:
     async def __aexit__(self, *_: object) -> None:
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        ends = await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._client.__aexit__()
+        for end in ends:
+            if isinstance(end, Exception):
+                raise end
 
     async def again(self) -> None:
         """Look at everything once more, now."""
