@@ -35,7 +35,8 @@ def product(built: None) -> list[Object]:
 def cluster(product: list[Object]) -> Iterator[KubeApi]:
     """Our manifests applied on an API server that knows Envoy Gateway's kinds; nobody acts on them."""
     with KubeApi(controllers=CONTROLLERS) as api:
-        for name in ("gateway-api", "envoy-gateway", "prometheus", "keda"):
+        for name in ("gateway-api", "envoy-gateway"):
             api.apply(*custom_resources(name))
-        api.apply(STAND_INS, *product)
+        monitors = [crd for crd in custom_resources("prometheus") if crd["spec"]["names"]["kind"] == "PodMonitor"]
+        api.apply(STAND_INS, *monitors, *product)
         yield api

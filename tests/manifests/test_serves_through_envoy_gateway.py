@@ -8,8 +8,11 @@ written by hand, and the policy folder gets the same documents that the API serv
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
+import ssl
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -24,6 +27,7 @@ import yaml
 from apis.resources import ArksEndpoint
 from arks.envoy.settings import PIN_HEADER
 from controller.reconcile.desired.endpoint import Backend, desired_endpoint
+from tests.harness import kubernetes
 from tests.harness.envoy_gateway import ADDRESS, EnvoyGateway, on_this_host
 from tests.harness.gateway import Gateway, until
 from tests.harness.kubernetes import KubeApi, Object
@@ -316,3 +320,61 @@ async def test_without_extproc_nothing_passes(serving, session):
     finally:
         serving.extproc = serving.start_extproc()
         await _until_it_serves(serving)
+
+
+def certificates(folder: Path) -> list[Object]:
+    """A pair for each tenant, in its namespace. Envoy Gateway minds when their names overlap, not what they are."""
+    folder.mkdir()
+    subprocess.run([kubernetes.binaries()[2], folder], check=True, timeout=30)
+    return [
+        {
+            "apiVersion": "v1",
+            "kind": "Secret",
+            "type": "kubernetes.io/tls",
+            "metadata": {"name": "models-example-com", "namespace": tenant},
+            "data": {
+                key: base64.b64encode((folder / f"{name}.{ending}").read_bytes()).decode()
+                for key, ending in (("tls.crt", "crt"), ("tls.key", "key"))
+            },
+        }
+        for tenant, name in (("team-a", "apiserver"), ("team-b", "client"))
+    ]
+
+
+async def over_tls(path: Path, host: str) -> tuple[int, bytes]:
+    """Status of a chat there, and what certificate answered."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    reader, writer = await asyncio.open_unix_connection(path, ssl=context, server_hostname=host)
+    body = json.dumps(CHAT).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\ncontent-length: {len(body)}\r\n"
+    writer.write(head.encode() + b"content-type: application/json\r\nauthorization: Bearer sk-rich\r\n\r\n" + body)
+    try:
+        async with asyncio.timeout(5):
+            answer = await reader.readline()
+        return int(answer.split(maxsplit=2)[1]), writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+    finally:
+        writer.transport.abort()
+
+
+async def test_each_tenant_has_a_domain_a_certificate_and_only_its_own_models_there(serving, api, tmp_path):
+    """The last one: it takes the Gateway's listeners over, as the example says."""
+    api.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "team-b"}})
+    api.apply(*certificates(tmp_path / "certificates"), MANIFESTS / "gateway" / "examples" / "tenants.yaml")
+    serving.envoy.settle(JUDGED)
+    path = serving.envoy.entrance(443)
+    deadline = time.monotonic() + 20
+    while True:
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            status, first = await over_tls(path, "team-a.models.example.com")
+            if status == 200:
+                break
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.1)
+    status, second = await over_tls(path, "team-b.models.example.com")
+    # Admitted, for the token is good everywhere; but the tenant's model has no route on the neighbour's domain.
+    assert status == 503
+    assert first != second
+    async with _session(serving) as session:
+        with pytest.raises(aiohttp.ClientError):
+            await ask(session, RICH)
