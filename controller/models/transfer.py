@@ -114,7 +114,8 @@ class Transfer:
         size = 0
         try:
             async with reading(response):
-                async for chunk in response.content.iter_any():
+                # Chunk by chunk as they came: iter_any would copy them together first.
+                async for chunk, _ in response.content.iter_chunks():
                     held.append(chunk)
                     size += len(chunk)
                     if piece.at + size > piece.last + 1:
