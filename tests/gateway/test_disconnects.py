@@ -128,17 +128,26 @@ async def test_client_that_closes_right_after_the_end_pays_exactly(gateway, engi
     assert (row["completion_tokens"], row["accuracy"]) == (9, "exact")
 
 
+async def is_cut(gateway, session, headers) -> bool:
+    """Ask for a stream that the engine resets. False: so early that Envoy had sent nothing, and could still say 502."""
+    async with session.post(gateway.url + CHAT, json=LONG, headers=headers) as answer:
+        if answer.status == 502:
+            assert (await answer.json())["error"]["code"] == "engine_broken"
+            return False
+        assert answer.status == 200
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await answer.read()
+        return True
+
+
 @pytest.mark.parametrize("chunks", [0, 1, 17])
 async def test_engine_that_resets_its_stream_is_not_taken_for_a_client_that_left(gateway, engine, session, chunks):
     before = await charged(gateway, session)
     headers = asking(f"reset_after_chunks={chunks}")
-    async with session.post(gateway.url + CHAT, json=LONG, headers=headers) as answer:
-        assert answer.status == 200
-        with pytest.raises(aiohttp.ClientPayloadError):
-            await answer.read()
+    cut = await is_cut(gateway, session, headers)
     row = await gateway.row_of(headers["x-request-id"])
     assert (row["status"], row["error"], row["accuracy"]) == (502, "engine_lost", "estimated")
-    assert row["completion_tokens"] == chunks
+    assert row["completion_tokens"] == chunks if cut else row["completion_tokens"] <= chunks
     assert await charged(gateway, session) - before == row["prompt_tokens"] + row["completion_tokens"]
 
 
@@ -146,9 +155,7 @@ async def test_engine_that_breaks_off_streams_but_lives_stays_open_to_all(gatewa
     """Some request makes it reset: one tenant's doing is not to close the only engine to everybody."""
     for _ in range(8):
         headers = asking("reset_after_chunks=1")
-        async with session.post(gateway.url + CHAT, json=LONG, headers=headers) as answer:
-            with pytest.raises(aiohttp.ClientPayloadError):
-                await answer.read()
+        await is_cut(gateway, session, headers)
         await gateway.row_of(headers["x-request-id"])
         async with session.post(gateway.url + CHAT, json=chat(max_tokens=1), headers=ALICE) as answer:
             assert answer.status == 200

@@ -14,6 +14,7 @@ from tests.harness.gateway import (
     backend,
     document,
     endpoint,
+    on_this_machine,
     policy,
     quota,
     route,
@@ -77,7 +78,7 @@ async def ask(gateway, session, secret, **fields):
 
 async def took_s(holds, since_s: float) -> float:
     """Seconds until `holds()` is true, or a multiple of what is allowed."""
-    while not await holds() and time.monotonic() - since_s < 5 * IN_FORCE_S:  # noqa: ASYNC110
+    while not await holds() and time.monotonic() - since_s < 10 * IN_FORCE_S:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     return time.monotonic() - since_s
 
@@ -125,7 +126,7 @@ async def test_changes_are_in_force_within_a_second_and_drop_no_stream(gateway, 
             return (await ask(gateway, session, "sk-stays", model="going"))[1] == "model_not_found"
 
         took = await asyncio.gather(*(took_s(each, written_s) for each in (revoked, changed, added, removed)))
-        assert max(took) < IN_FORCE_S, took
+        assert max(took) < on_this_machine(IN_FORCE_S), took
         before_rows = gateway.count()
         assert (await ask(gateway, session, "sk-stays", model="fresh"))[0] == 200
         await gateway.rows(before_rows + 1)
@@ -139,7 +140,7 @@ async def test_changes_are_in_force_within_a_second_and_drop_no_stream(gateway, 
         row = await gateway.row_of(request_id)
         assert (row["completion_tokens"], row["accuracy"]) == (250, "exact")
     gateway.write_policy(before(other))
-    assert await took_s(lambda: works_again(gateway, session), time.monotonic()) < IN_FORCE_S
+    assert await took_s(lambda: works_again(gateway, session), time.monotonic()) < on_this_machine(IN_FORCE_S)
 
 
 async def works_again(gateway, session) -> bool:
@@ -163,7 +164,7 @@ async def test_broken_file_changes_nothing_is_told_and_heals(gateway, session, f
         async def told() -> bool:
             return (await gateway.ready(session))["checks"]["policy"]["current"] is False
 
-        assert await took_s(told, time.monotonic()) < IN_FORCE_S
+        assert await took_s(told, time.monotonic()) < on_this_machine(IN_FORCE_S)
         ready = await gateway.ready(session)
         assert ready["status"] == 200  # what was in force still is
         [error] = ready["checks"]["policy"]["errors"][:1]
@@ -179,7 +180,7 @@ async def test_broken_file_changes_nothing_is_told_and_heals(gateway, session, f
     async def healed() -> bool:
         return bool((await gateway.ready(session))["checks"]["policy"]["current"])
 
-    assert await took_s(healed, time.monotonic()) < IN_FORCE_S
+    assert await took_s(healed, time.monotonic()) < on_this_machine(IN_FORCE_S)
     assert sum_series(await gateway.metrics(session), "arks_policy_broken") == 0
 
 
@@ -192,7 +193,7 @@ async def test_many_changes_in_a_row_end_at_the_last_one(gateway, other, session
     async def last() -> bool:
         return (await ask(gateway, session, "sk-counted"))[2].get("x-ratelimit-limit-requests") == "1029"
 
-    assert await took_s(last, time.monotonic()) < IN_FORCE_S
+    assert await took_s(last, time.monotonic()) < on_this_machine(IN_FORCE_S)
 
 
 def test_broken_policy_at_the_first_start_is_refused_with_file_line_and_field(tmp_path):
