@@ -5,6 +5,7 @@ the bare Envoy's, the median of the rounds counts, and the ratio to the bare row
 """
 
 import argparse
+import contextlib
 import json
 import platform
 import statistics
@@ -56,43 +57,34 @@ def metric(admin: str, name: str) -> float:
     raise SystemExit(f"no metric {name}")
 
 
-def requests(load: Path, folder: Path, rounds: int, seconds: float) -> dict[str, Row]:
+def requests(load: Path, folder: Path, rounds: int, seconds: float, compiled: Path | None) -> dict[str, Row]:
     """Every row of one token's traffic."""
     policy = folder / "policy"
     policies.write(policy)
     small, large, huge, streamed = chat(1024), chat(16 * 1024), chat(200 * 1024), chat(1024, stream=True)
-    with (
-        backend(load, CHUNKS, CHUNK_RATE) as port,
-        gateway(policy, port, "h2", folder / "h2") as h2,
-        gateway(policy, port, "grpc_aio", folder / "aio") as aio,
-        bare(folder / "h2", folder / "bare") as plain,
-    ):
+    with contextlib.ExitStack() as stack:
+        port = stack.enter_context(backend(load, CHUNKS, CHUNK_RATE))
+        h2 = stack.enter_context(gateway(policy, port, "h2", folder / "h2"))
+        aio = stack.enter_context(gateway(policy, port, "grpc_aio", folder / "aio"))
+        fast = stack.enter_context(gateway(policy, port, "h2", folder / "fast", compiled)) if compiled else None
+        plain = stack.enter_context(bare(folder / "h2", folder / "bare"))
 
         def run(target: Target, body: bytes, **how: float) -> Callable[[], Row]:
             return lambda: measure(load, target, body, **{"seconds": seconds, **how})  # type: ignore[arg-type]
 
-        for target in (plain, h2, aio):  # connections, caches, allocators
+        for target in filter(None, (plain, h2, aio, fast)):  # connections, caches, allocators
             measure(load, target, small, seconds=1.0)
         streams = {"connections": STREAMS, "requests": STREAMS, "seconds": 3 * CHUNKS / CHUNK_RATE}
-        return alternate(
-            rounds,
-            {
-                "bare 1 KB": run(plain, small),
-                "h2 1 KB": run(h2, small),
-                "grpc_aio 1 KB": run(aio, small),
-                "bare 16 KB": run(plain, large, connections=32),
-                "h2 16 KB": run(h2, large, connections=32),
-                "bare 200 KB": run(plain, huge, connections=32),
-                "h2 200 KB": run(h2, huge, connections=32),
-                "bare 500/s": run(plain, small, rate=500),
-                "h2 500/s": run(h2, small, rate=500),
-                "bare 2000/s": run(plain, small, rate=2000),
-                "h2 2000/s": run(h2, small, rate=2000),
-                "bare chunks": run(plain, streamed, **streams),
-                "h2 chunks": run(h2, streamed, **streams),
-                "grpc_aio chunks": run(aio, streamed, **streams),
-            },
-        )
+        targets = {"bare": plain, "h2": h2, "grpc_aio": aio, **({"compiled": fast} if fast is not None else {})}
+        lean = {name: target for name, target in targets.items() if name != "grpc_aio"}
+        runs: dict[str, Callable[[], Row]] = {}
+        runs |= {f"{name} 1 KB": run(target, small) for name, target in targets.items()}
+        runs |= {f"{name} 16 KB": run(target, large, connections=32) for name, target in lean.items()}
+        runs |= {f"{name} 200 KB": run(target, huge, connections=32) for name, target in lean.items()}
+        runs |= {f"{name} 500/s": run(target, small, rate=500) for name, target in lean.items()}
+        runs |= {f"{name} 2000/s": run(target, small, rate=2000) for name, target in lean.items()}
+        runs |= {f"{name} chunks": run(target, streamed, **streams) for name, target in targets.items()}
+        return alternate(rounds, runs)
 
 
 def scale(load: Path, folder: Path) -> dict[str, float]:
@@ -124,11 +116,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.5, help="length of each run (default 2.5)")
     parser.add_argument("--out", type=Path, default=Path("docs"), help="where performance.md and its plot go")
     parser.add_argument("--no-scale", action="store_true", help="leave out the rows with 10 000 tokens")
+    parser.add_argument(
+        "--compiled", type=Path, help="Python of an environment with the compiled product (make compiled)"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="arks-bench-") as name:
         folder = Path(name)
         load = build_load(folder)
-        rows = requests(load, folder, options.rounds, options.seconds)
+        rows = requests(load, folder, options.rounds, options.seconds, options.compiled)
         figures = {} if options.no_scale else scale(load, folder)
     report.write(options.out, rows, figures, machine=f"{platform.machine()}, Python {platform.python_version()}")
 

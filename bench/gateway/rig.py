@@ -104,16 +104,29 @@ def backend(load: Path, chunks: int = 500, rate: float = 200.0) -> Iterator[int]
 
 
 @contextlib.contextmanager
-def gateway(policy: Path, engine_port: int, transport: str, folder: Path) -> Iterator[Target]:
-    """`arks up`, as a user starts it."""
+def gateway(
+    policy: Path, engine_port: int, transport: str, folder: Path, python: Path | None = None
+) -> Iterator[Target]:
+    """`arks up`, as a user starts it; `python` is that of another environment where the product is installed."""
     folder.mkdir(parents=True, exist_ok=True)
     log = (folder / "log").open("wb")
     command = [
-        *(sys.executable, "-m", "arks", "up", "--policy", str(policy), "--engine", f"http://127.0.0.1:{engine_port}"),
+        *(
+            str(python or sys.executable),
+            "-m",
+            "arks",
+            "up",
+            "--policy",
+            str(policy),
+            "--engine",
+            f"http://127.0.0.1:{engine_port}",
+        ),
         *("--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--state", str(folder), "--transport", transport),
         *("--access-log", "off"),
     ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+    # Without the working directory on its path another environment runs its own packages, not this checkout's.
+    environment = {**os.environ, **({"PYTHONSAFEPATH": "1"} if python else {})}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
     try:
         assert process.stdout is not None
         line = process.stdout.readline()

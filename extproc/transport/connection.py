@@ -44,8 +44,9 @@ from extproc.transport.frames import (
     frame,
     window_update,
 )
-from extproc.transport.link import Limits, Register, log_failure
+from extproc.transport.link import Limits, log_failure
 from extproc.transport.output import STREAM_WINDOW
+from extproc.transport.register import Register
 from extproc.transport.requests import Requests
 from extproc.transport.routing import MAX_HEADER_BYTES, Router
 

@@ -6,11 +6,12 @@ Envoy's many short streams cost this end about a fiftieth of what they cost grpc
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from extproc.transport.connection import Connection
-from extproc.transport.link import Limits, Register
+from extproc.transport.link import Limits
 from extproc.transport.listening import CertificateFiles, SocketFile, address_of, listen, tls_context, unix_path
+from extproc.transport.register import Register
 from extproc.transport.routing import Router
 
 if TYPE_CHECKING:
@@ -86,8 +87,8 @@ async def serve(
     path = unix_path(address)
     socket_file = None if path is None else SocketFile(path)
 
-    def accept() -> Connection:
-        return Connection(router, limits, connections, loop)
+    def accept() -> asyncio.BaseProtocol:
+        return cast("asyncio.BaseProtocol", Connection(router, limits, connections, loop))
 
     handshake_s = None if context is None else limits.handshake_timeout_s
     try:

@@ -22,6 +22,7 @@ from extproc.transport.frames import (
 )
 
 if TYPE_CHECKING:
+    from extproc.transport.register import Register
     from extproc.transport.stream import H2Stream
 
 _log = logging.getLogger(__name__)
@@ -56,15 +57,10 @@ def log_failure(what: str, error: Exception) -> None:
     _log.error("%s: %s at %s", what, type(error).__name__, where)
 
 
-class Register(set["Link"]):
-    """The live connections of one listener."""
+class Link:
+    """An `asyncio.Protocol` in all but name: a compiled class cannot inherit from it.
 
-    closed = False
-    """no more of them: one whose TLS handshake ends after the listener's end is dropped"""
-
-
-class Link(asyncio.Protocol):
-    """Keeps itself in `register` while it lives."""
+    Keeps itself in `register` while it lives."""
 
     __slots__ = (
         "_deadline",

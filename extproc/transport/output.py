@@ -32,7 +32,8 @@ from extproc.transport.frames import (
     trailers,
     window_update,
 )
-from extproc.transport.link import Limits, Link, Register, log_failure, tell_end
+from extproc.transport.link import Limits, Link, log_failure, tell_end
+from extproc.transport.register import Register
 from extproc.transport.stream import Backlog, H2Stream
 
 if TYPE_CHECKING:

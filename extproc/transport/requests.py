@@ -24,8 +24,9 @@ from extproc.transport.frames import (
     trailers,
 )
 from extproc.transport.hpack import DynamicTable, HpackError
-from extproc.transport.link import Limits, Register, tell_end
+from extproc.transport.link import Limits, tell_end
 from extproc.transport.output import STREAM_WINDOW, Output
+from extproc.transport.register import Register
 from extproc.transport.routing import MAX_HEADER_BYTES, Malformed, Route, Router, check_trailers
 from extproc.transport.stream import Backlog, H2Stream
 

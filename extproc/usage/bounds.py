@@ -108,7 +108,7 @@ def _with_media(raw: bytes, media_tokens: int) -> int:
 
 def _payload(part: dict[str, Any]) -> int:
     """Length of a media part's data or address; negative if this is no media part."""
-    if part.get("type") not in _MEDIA_TYPES and not (_MEDIA_KEYS & part.keys()):
+    if part.get("type") not in _MEDIA_TYPES and part.keys().isdisjoint(_MEDIA_KEYS):
         return -1
     source = part.get("source")
     if type(source) is dict and source.get("type") in {"text", "content"}:

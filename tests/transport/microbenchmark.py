@@ -15,7 +15,8 @@ import time
 
 from extproc.transport.connection import Connection
 from extproc.transport.frames import PREFACE, frame
-from extproc.transport.link import Limits, Register
+from extproc.transport.link import Limits
+from extproc.transport.register import Register
 from extproc.transport.routing import Router
 
 PATH = b"/envoy.service.ext_proc.v3.ExternalProcessor/Process"

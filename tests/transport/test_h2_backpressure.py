@@ -6,7 +6,8 @@ import pytest
 
 from extproc.transport.connection import Connection
 from extproc.transport.frames import frame
-from extproc.transport.link import Limits, Register
+from extproc.transport.link import Limits
+from extproc.transport.register import Register
 from extproc.transport.routing import Router
 from tests.transport.conftest import Recorded
 from tests.transport.memory_wire import Wire

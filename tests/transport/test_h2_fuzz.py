@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from extproc.transport.connection import Connection
 from extproc.transport.core import GrpcError
 from extproc.transport.frames import PREFACE, frame
-from extproc.transport.link import Limits, Register
+from extproc.transport.link import Limits
+from extproc.transport.register import Register
 from extproc.transport.routing import Router
 from tests.transport.memory_wire import Wire
 from tests.transport.test_h2_wire import OPENING, PATH, message
