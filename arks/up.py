@@ -153,7 +153,8 @@ class _Gateway:
         gateway, admin = self._listen.url(), self._admin.url()
         print(json.dumps({"event": "ready", "gateway": gateway, "admin": admin}), flush=True)
         told = ", ".join(engine.url for engine in settings.engines) or f"{SIMULATED_ENGINES} simulated ones"
-        print(welcome(gateway, admin, self._policy, told), file=sys.stderr, flush=True)
+        known = settings.policy is None
+        print(welcome(gateway, admin, self._policy, told, show_secret=known), file=sys.stderr, flush=True)
         keepers = [asyncio.create_task(part.keep(), name=part.name) for part in self._parts]
         try:
             await asyncio.gather(*keepers)

@@ -7,13 +7,14 @@ from pathlib import Path
 from arks.policyfiles import example
 
 
-def welcome(gateway: str, admin: str, policy: Path, engines: str) -> str:
+def welcome(gateway: str, admin: str, policy: Path, engines: str, *, show_secret: bool) -> str:
+    """`show_secret`: the policy's token is the quickstart's, which everybody knows. A user's own stays out of logs."""
     lines = ["", f"Arks serves at {gateway}", f"  engines   {engines}", f"  policy    {policy} (changes apply at once)"]
     lines += [f"  admin     {admin}/readyz  {admin}/metrics", ""]
     shown = example(policy)
-    if shown is None:
-        lines += ["No token of the policy has its secret in the file, so send your own:", ""]
-    secret = shown.secret if shown else "$TOKEN"
+    if shown is None or not show_secret:
+        lines += ["With the secret of one of your ArksTokens in $TOKEN:", ""]
+    secret = shown.secret if shown and show_secret else "$TOKEN"
     model = shown.model if shown else "MODEL"
     lines += [_curl(gateway, secret, model, stream=False), "", _curl(gateway, secret, model, stream=True), ""]
     return "\n".join([*lines, "Ctrl-C stops everything.", ""])
@@ -21,6 +22,7 @@ def welcome(gateway: str, admin: str, policy: Path, engines: str) -> str:
 
 def _curl(gateway: str, secret: str, model: str, *, stream: bool) -> str:
     body: dict[str, object] = {"model": model, "messages": [{"role": "user", "content": "Hello!"}]}
+    body["max_tokens"] = 64  # some engines otherwise go on to the end of their context
     if stream:
         body["stream"] = True
     header = f"Authorization: Bearer {secret}"

@@ -313,9 +313,6 @@ async def test_envoys_own_answer_has_the_same_shape(gateway, status):
     assert answer.json()["error"]["type"] == kind
 
 
-@pytest.mark.xfail(
-    reason="arks/welcome.py prints the first plain secret of the user's own policy to stderr, where logs go"
-)
 async def test_a_secret_of_the_users_policy_is_not_in_the_log(gateway):
     assert SECRET not in gateway.log()
 
