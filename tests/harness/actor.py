@@ -77,6 +77,7 @@ class Actor:
             task.cancel()
         ends = await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._client.__aexit__()
+        await asyncio.sleep(0.05)  # TLS connections of broken-off watches say good-bye
         for end in ends:
             if isinstance(end, Exception):
                 raise end

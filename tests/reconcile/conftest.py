@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import copy
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -45,12 +46,18 @@ class Room:
 
     def __init__(self, api: KubeApi, namespace: str) -> None:
         self.api, self.namespace = api, namespace
+        self.secret = f"sk-{namespace}"
 
     def apply(self, *texts: str | Object, **changes: Any) -> list[Object]:
-        """`changes` are merged into the spec of each object; GATEWAYS stands for this namespace."""
+        """`changes` are merged into the spec of each object; GATEWAYS stands for this namespace.
+
+        Secrets of tokens are this namespace's own: a tenant's token would count as another's duplicate.
+        """
         applied = []
         for text in texts:
-            filled = text.replace("GATEWAYS", self.namespace) if isinstance(text, str) else text
+            filled = text
+            if isinstance(text, str):
+                filled = text.replace("GATEWAYS", self.namespace).replace("sk-test123456", self.secret)
             trees = list(yaml.safe_load_all(filled)) if isinstance(filled, str) else [copy.deepcopy(filled)]
             for tree in filter(None, trees):
                 merge(tree.setdefault("spec", {}), changes)
@@ -207,6 +214,8 @@ class Running:
             await asyncio.gather(self._task, return_exceptions=True)
             self._task = None
         await self._stack.aclose()
+        # TLS connections of broken-off watches say good-bye; the loop must run for that.
+        await asyncio.sleep(0.05)
 
     async def leading(self) -> None:
         await _until(lambda: self.controller.reconciler is not None and self.controller.lease.is_leader)
@@ -221,10 +230,10 @@ class Running:
                 since = time.monotonic()
             await asyncio.sleep(0.02)
 
-    def writes(self) -> int:
-        """Writes sent so far, but for the Lease."""
+    def writes(self) -> Counter[tuple[str, ...]]:
+        """Writes sent so far, but for the Lease, by what was written."""
         calls = self.client.stats.calls.items()
-        return sum(count for (verb, _, what, _), count in calls if verb in WRITE_VERBS and what != "leases")
+        return Counter({call: count for call, count in calls if call[0] in WRITE_VERBS and call[2] != "leases"})
 
 
 async def _until(check: Callable[[], Any], timeout_s: float = TIMEOUT_S) -> None:

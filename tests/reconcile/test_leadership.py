@@ -26,12 +26,12 @@ async def test_the_other_takes_over_and_finishes_what_was_begun(room, actor, gat
     try:
         room.apply(QUICKSTART)
         await room.until("PersistentVolumeClaim", "qwen-7b", lambda item: item)
-        assert second.writes() == 0
+        assert not second.writes()
         await first.stop()
         await second.leading()
         await room.phase("ArksApplication", "app-qwen", "Running")
         await room.condition("ArksEndpoint", "qwen-7b", "Programmed", "True")
-        assert second.writes() > 0
+        assert second.writes()
     finally:
         await first.stop()
         await second.stop()
@@ -102,7 +102,7 @@ async def test_writes_that_meet_a_conflict_are_made_again(room, running, actor):
         await noise
     await room.phase("ArksApplication", "app-qwen", "Running")
     # Noise is no change of ours: an application that is noted every 20 ms is not written every 20 ms.
-    assert running.writes() < 150
+    assert running.writes().total() < 150
 
 
 class Process:

@@ -54,4 +54,4 @@ async def test_the_quickstart_of_arks_serves(room, running, actor, gateway):
     for kind, name in (("ArksToken", "example-token"), ("ArksQuota", "basic-quota"), ("ArksEndpoint", "qwen-7b")):
         await room.condition(kind, name, "Accepted", "True")
     await room.event("app-qwen", "Normal", "Running")
-    assert "sk-test123456" not in str(room.api.list("v1", "Event", room.namespace))
+    assert room.secret not in str(room.api.list("v1", "Event", room.namespace))

@@ -48,9 +48,11 @@ async def test_a_resync_of_everything_writes_nothing(room, running, actor, gatew
 async def test_a_restart_changes_nothing(room, actor, gateway):
     first = Running(room.api, room.namespace)
     await first.start()
-    room.apply(QUICKSTART, PAIR)
-    await settled(room, first)
-    await first.stop()
+    try:
+        room.apply(QUICKSTART, PAIR)
+        await settled(room, first)
+    finally:
+        await first.stop()
     before = versions(room)
     events = len(room.api.list("v1", "Event", room.namespace))
     second = Running(room.api, room.namespace)
