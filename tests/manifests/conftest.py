@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.harness import kubernetes
 from tests.harness.envoy_gateway import binaries, custom_resources, kustomize_build
 from tests.harness.go_build import NoGoError
-from tests.harness.kubernetes import CONTROLLERS, KubeApi, Object, controller_manager
+from tests.harness.kubernetes import CONTROLLERS, KubeApi, Object
 
 MANIFESTS = Path(__file__).parents[2] / "manifests"
 STAND_INS = Path(__file__).parents[1] / "harness" / "crds"
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Build before the first test: minutes of compiling are no test's time limit."""
+    if session.config.option.collectonly or not any(
+        Path(__file__).parent in item.path.parents for item in session.items
+    ):
+        return
+    with contextlib.suppress(NoGoError):  # the tests say so
+        build()
+
+
+def build() -> None:
+    binaries()
+    kubernetes.binaries()
+    kubernetes.controller_manager()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def built() -> None:
-    """The programs, out of the cache or built now: minutes, the first time."""
     try:
-        binaries()
-        controller_manager()
+        build()
     except NoGoError as error:
         pytest.skip(f"Envoy Gateway cannot be built: {error}")
 
