@@ -139,8 +139,10 @@ def _add_extproc(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     text = "Where Envoy connects: HOST:PORT or unix:PATH."
     listen = "127.0.0.1:50052"
     options.add_flag(parser, "--listen", options.listen_address, listen, text, metavar="HOST:PORT|unix:PATH")
-    text = "Folder of arks.ai/v1 YAML, watched for changes. Required."
+    text = "Folder of arks.ai/v1 YAML, watched for changes. Either this or --policy-stream."
     options.add_flag(parser, "--policy", options.existing_folder, None, text, metavar="DIR")
+    text = "Follow a controller's policy stream. The last policy is kept in --state and serves while it is away."
+    options.add_flag(parser, "--policy-stream", options.listen_address, None, text, metavar="unix:PATH|HOST:PORT")
     _state(parser, "Ledger and limit journal; one running extproc per folder.")
     _admin(parser)
     options.add_engines(parser, "Serves every ArksEndpoint that names no routeConfigs, such as http://10.0.0.7:8000.")
@@ -177,8 +179,8 @@ def _run_extproc(parser: argparse.ArgumentParser, chosen: argparse.Namespace) ->
 
 def extproc_settings(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> ExtprocSettings:
     """What the flags say; `parser.error` (exit 2) where they contradict each other."""
-    if chosen.policy is None:
-        parser.error("--policy is required: a folder of arks.ai/v1 YAML")
+    if (chosen.policy is None) == (chosen.policy_stream is None):
+        parser.error("--policy is required, a folder of arks.ai/v1 YAML, or --policy-stream; one of the two")
     if (chosen.tls_certificate is None) != (chosen.tls_key is None):
         parser.error("--tls-certificate and --tls-key go together; give both")
     tls = None
@@ -195,6 +197,7 @@ def extproc_settings(parser: argparse.ArgumentParser, chosen: argparse.Namespace
     return ExtprocSettings(
         listen=chosen.listen,
         policy_dir=chosen.policy,
+        policy_stream=chosen.policy_stream,
         state_dir=chosen.state,
         admin=str(chosen.admin),
         engines=tuple(dict.fromkeys(engines)),

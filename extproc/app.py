@@ -13,7 +13,7 @@ import time
 from collections.abc import Awaitable, Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import structlog
 
@@ -38,6 +38,9 @@ from extproc.snapshot.index import LiveIndex
 from extproc.transport import grpc_aio, h2
 from extproc.transport.core import Server, Service
 from extproc.transport.health import Health
+
+if TYPE_CHECKING:
+    from extproc.snapshot.stream import StreamSource
 
 __version__: Final = version("arks")
 
@@ -76,7 +79,7 @@ class Gateway:
         self._live = LiveIndex()
         self._lag = LoopLag()
         self._deps = Deps(self._live, self._store, ledger, self._picker, self._metrics)
-        self._source = FolderSource(settings.policy_dir, self._on_policy, self._on_policy_error)
+        self._source = self._policy_source()
         self._health = Health([EXT_PROC, access_log.SERVICE])
         self._serving = self._draining = False
         self._pending: Policy | None = None
@@ -95,7 +98,8 @@ class Gateway:
         try:
             host, _, port = settings.admin.rpartition(":")
             await admin.start(host.strip("[]"), int(port))
-            await self._source.start()
+            if not await _unless(stopped, self._source.start):
+                return 0
             assert self._pending is not None
             self._live.replace(self._pending)
             self._apply()
@@ -105,7 +109,7 @@ class Gateway:
             # Nothing on a request's way forms cycles; the defaults would look for them every few requests.
             gc.set_threshold(50_000, 20, 100)
             for name, work in (
-                ("policy folder", self._source.run),
+                ("policy source", self._source.run),
                 ("policy", self._follow_policy),
                 ("engine health", self._picker.run),
                 ("housekeeping", self._keep_house),
@@ -154,6 +158,17 @@ class Gateway:
         )
 
     # --- policy ---------------------------------------------------------------------------------------------------
+
+    def _policy_source(self) -> "FolderSource | StreamSource":
+        settings = self._settings
+        if settings.policy_stream is None:
+            assert settings.policy_dir is not None
+            return FolderSource(settings.policy_dir, self._on_policy, self._on_policy_error)
+        from extproc.snapshot.stream import StreamSource  # noqa: PLC0415 - loads grpcio, which a folder does not need
+
+        return StreamSource(
+            settings.policy_stream, self._on_policy, self._on_policy_error, state_dir=settings.state_dir
+        )
 
     def _on_policy(self, policy: Policy, notes: Notes) -> None:
         for note in [note for note in notes if note not in self._notes][:MOST_NOTES]:
@@ -206,12 +221,13 @@ class Gateway:
 
     def _policy_check(self) -> Check:
         status = self._source.status
-        # A broken folder leaves the last good policy in force: still ready, and told.
+        # A broken folder, or a controller that is away, leaves the last good policy in force: still ready, and told.
         return Check(
             status.generation > 0,
             {
                 "current": status.ok,
                 "generation": status.generation,
+                "age_s": round(max(0.0, time.time() - status.loaded_at_s), 1) if status.loaded_at_s else None,
                 "tokens": status.tokens,
                 "quotas": status.quotas,
                 "endpoints": status.endpoints,
@@ -263,6 +279,22 @@ class Gateway:
             for (namespace, name), rules in self._live.current.quota_rules.items()
             for rule in rules
         ]
+
+
+async def _unless(stopped: asyncio.Event, work: Callable[[], Awaitable[object]]) -> bool:
+    """Do it; False where `stopped` came first, and it was given up."""
+    doing = asyncio.ensure_future(work())
+    waiting = asyncio.ensure_future(stopped.wait())
+    try:
+        await asyncio.wait((doing, waiting), return_when=asyncio.FIRST_COMPLETED)
+        if not doing.done():
+            return False
+        await doing
+        return True
+    finally:
+        for task in (doing, waiting):
+            task.cancel()
+        await asyncio.gather(doing, waiting, return_exceptions=True)
 
 
 async def _lasting(name: str, work: Callable[[], Awaitable[None]]) -> None:

@@ -24,8 +24,8 @@ class TlsSettings:
 class ExtprocSettings:
     listen: str
     """HOST:PORT (port 0: any free one) or unix:PATH"""
-    policy_dir: Path
-    """watched folder of arks.ai/v1 YAML"""
+    policy_dir: Path | None
+    """watched folder of arks.ai/v1 YAML; None: `policy_stream` says where policy comes from"""
     state_dir: Path
     """ledger and limit journal; made where absent"""
     admin: str
@@ -42,5 +42,7 @@ class ExtprocSettings:
     """where to keep Envoy's view of the engines (`apis.eds`); None: some other control plane tells Envoy"""
     message_limit_bytes: int = BODY_LIMIT_BYTES + 1024 * 1024
     """largest gRPC message: one buffered body and its frame"""
+    policy_stream: str | None = None
+    """the controller's policy stream instead of a folder: unix:PATH or HOST:PORT"""
     metrics_per_token: bool = False
     """label `user` (the token's name) on the gateway_* metrics: one set of series per token, so off by default"""

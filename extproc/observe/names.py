@@ -138,9 +138,16 @@ STREAMED = MetricName(
 
 OPEN_STREAMS = MetricName("arks_open_streams", "gauge", "HTTP requests that Envoy has open with this process.")
 POLICY_VERSION = MetricName("arks_policy_version", "gauge", "Number of the policy in force; grows by one per change.")
-POLICY_AGE = MetricName("arks_policy_age_seconds", "gauge", "Since the policy in force was taken over.")
+POLICY_AGE = MetricName(
+    "arks_policy_age_seconds",
+    "gauge",
+    "Since the policy in force was last known to be the present one: since the folder was read, or since the "
+    "controller last said so, its own view's age included.",
+)
 POLICY_BROKEN = MetricName(
-    "arks_policy_broken", "gauge", "1 while the policy folder holds an error and the last good policy stays in force."
+    "arks_policy_broken",
+    "gauge",
+    "1 while the policy folder holds an error, or the controller is away, and the last good policy stays in force.",
 )
 POLICY_ERRORS = MetricName("arks_policy_errors_total", "counter", "Policy changes that were refused for an error.")
 JOURNAL_WORKING = MetricName(

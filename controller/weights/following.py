@@ -1,0 +1,185 @@
+"""Weights that follow the load: looks at the engines, one step of `weights_for` a second, two consumers.
+
+extproc gets each step (`weigh`); the HTTPRoute only what is worth a write to the API (`weigh_route`): a shift of a
+tenth of the traffic, or a backend that died or came to life, and not within ten seconds of the last. Requests are
+pinned by extproc, so the route's weights matter only where it is away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Final
+
+import structlog
+
+from apis.resources import ArksEndpoint
+from controller.kube.resource import Key
+from controller.reconcile.desired.endpoint import Backend
+from controller.weights.model import Damping, EngineLoad, Share
+from controller.weights.scraper import Scraper
+from controller.weights.shares import DAMPING, weights_for
+
+SWEEP_S: Final = 0.5
+STEP_S: Final = 1.0
+ROUTE_SHIFT: Final = 0.1
+ROUTE_S: Final = 10.0
+
+Engines = Callable[[ArksEndpoint, str], Sequence[str]]  # endpoint and application to ip:port
+Changed = Callable[[Key], None]
+_log = structlog.get_logger(__name__)
+
+
+class _Followed:
+    """One endpoint with weightPolicy load."""
+
+    __slots__ = ("backends", "route", "route_at_s", "shares")
+
+    def __init__(self) -> None:
+        self.backends: Sequence[Backend] = ()
+        self.shares: dict[str, Share] = {}
+        self.route: dict[str, int] = {}
+        self.route_at_s = float("-inf")
+
+
+class LoadFollower:
+    """`run()` is a task of the owner. `endpoint_of` gives an endpoint as it is, `engines` where its backends are."""
+
+    def __init__(
+        self,
+        endpoint_of: Callable[[Key], ArksEndpoint | None],
+        engines: Engines,
+        *,
+        scraper: Scraper | None = None,
+        damping: Damping = DAMPING,
+        clock: Callable[[], float] = time.monotonic,
+        sweep_s: float = SWEEP_S,
+        step_s: float = STEP_S,
+    ) -> None:
+        self.scraper = scraper or Scraper(clock=clock)
+        self._endpoint_of, self._engines, self._damping, self._clock = endpoint_of, engines, damping, clock
+        self._sweep_s, self._step_s = sweep_s, step_s
+        self._followed: dict[Key, _Followed] = {}
+        self._on_shares: list[Changed] = []
+        self._on_route: list[Changed] = []
+        self._on_loads: list[Callable[[Mapping[str, EngineLoad]], None]] = []
+
+    def subscribe(
+        self,
+        *,
+        shares: Changed | None = None,
+        route: Changed | None = None,
+        loads: Callable[[Mapping[str, EngineLoad]], None] | None = None,
+    ) -> None:
+        """Called on the loop: an endpoint's shares moved; so far that its route should; the engines were looked at."""
+        if shares is not None:
+            self._on_shares.append(shares)
+        if route is not None:
+            self._on_route.append(route)
+        if loads is not None:
+            self._on_loads.append(loads)
+
+    # -- what others ask ------------------------------------------------------------------------------------------
+
+    def weigh(self, endpoint: ArksEndpoint, backends: Sequence[Backend]) -> Sequence[Backend]:
+        """For extproc: the present shares."""
+        followed = self._note(endpoint, backends)
+        if followed is None:
+            return backends
+        if {each.application for each in backends} != followed.shares.keys():
+            self._step_one(endpoint, followed)
+        return [replace(each, weight=followed.shares[each.application].weight) for each in backends]
+
+    def weigh_route(self, endpoint: ArksEndpoint, backends: Sequence[Backend]) -> Sequence[Backend]:
+        """For the HTTPRoute: shares of a while ago, unless backends came or went."""
+        current = self.weigh(endpoint, backends)
+        followed = self._followed.get(_key(endpoint))
+        if followed is None:
+            return current
+        if {each.application for each in backends} != followed.route.keys():
+            self._settle_route(followed)
+        return [replace(each, weight=followed.route[each.application]) for each in backends]
+
+    # -- life -----------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Look and step until cancelled."""
+        async with self.scraper:
+            step_at_s = self._clock()
+            while True:
+                began_s = self._clock()
+                try:
+                    await self.scraper.sweep(self._addresses())
+                    if self._clock() >= step_at_s:
+                        step_at_s = self._clock() + self._step_s - self._sweep_s / 2
+                        self.step()
+                except Exception:
+                    _log.exception("following the load failed; the last weights stay")
+                await asyncio.sleep(max(0.05, self._sweep_s - (self._clock() - began_s)))
+
+    def step(self) -> None:
+        """One step of every followed endpoint, from the loads as they are."""
+        for key, followed in list(self._followed.items()):
+            endpoint = self._endpoint_of(key)
+            if endpoint is None or endpoint.spec.weight_policy != "load":
+                del self._followed[key]
+                continue
+            before = {name: share.weight for name, share in followed.shares.items()}
+            self._step_one(endpoint, followed)
+            if {name: share.weight for name, share in followed.shares.items()} != before:
+                for tell in self._on_shares:
+                    tell(key)
+            if self._route_due(followed):
+                self._settle_route(followed)
+                for tell in self._on_route:
+                    tell(key)
+        for tell_loads in self._on_loads:
+            tell_loads(self.scraper.loads)
+
+    def _note(self, endpoint: ArksEndpoint, backends: Sequence[Backend]) -> _Followed | None:
+        if endpoint.spec.weight_policy != "load":
+            self._followed.pop(_key(endpoint), None)
+            return None
+        followed = self._followed.setdefault(_key(endpoint), _Followed())
+        if followed.backends != backends:
+            # Capacity changed: the weights follow at the next step; who came or went is seen at once.
+            followed.backends = tuple(backends)
+        return followed
+
+    def _addresses(self) -> set[str]:
+        found: set[str] = set()
+        for key, followed in self._followed.items():
+            endpoint = self._endpoint_of(key)
+            if endpoint is not None:
+                for backend in followed.backends:
+                    found.update(self._engines(endpoint, backend.application))
+        return found
+
+    def _step_one(self, endpoint: ArksEndpoint, followed: _Followed) -> None:
+        known = self.scraper.loads
+        loads = {
+            each.application: [
+                known[address] for address in self._engines(endpoint, each.application) if address in known
+            ]
+            for each in followed.backends
+        }
+        followed.shares = weights_for(endpoint, followed.backends, loads, followed.shares, self._damping)
+
+    def _route_due(self, followed: _Followed) -> bool:
+        now = {name: share.weight for name, share in followed.shares.items()}
+        if self._clock() - followed.route_at_s < ROUTE_S or not followed.route or now == followed.route:
+            return False
+        if any((now.get(name, 0) > 0) != (weight > 0) for name, weight in followed.route.items()):
+            return True
+        total, before = sum(now.values()) or 1, sum(followed.route.values()) or 1
+        return any(abs(now.get(name, 0) / total - was / before) >= ROUTE_SHIFT for name, was in followed.route.items())
+
+    def _settle_route(self, followed: _Followed) -> None:
+        followed.route = {name: share.weight for name, share in followed.shares.items()}
+        followed.route_at_s = self._clock()
+
+
+def _key(endpoint: ArksEndpoint) -> Key:
+    return Key(endpoint.metadata.namespace, endpoint.metadata.name)
