@@ -95,7 +95,7 @@ class Replies:
 
     def standing(self, lease: Lease) -> bytes:
         """Header mutations that tell how much is left: x-ratelimit-*."""
-        requests, tokens = lease.requests, lease.tokens
+        requests, tokens = lease.standings()
         return (self._family("requests", requests) if requests is not None else b"") + (
             self._family("tokens", tokens) if tokens is not None else b""
         )

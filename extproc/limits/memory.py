@@ -20,8 +20,10 @@ import structlog
 from extproc.journal.writer import Journal
 from extproc.ledger.model import Ledger
 from extproc.limits.context import expired_record
-from extproc.limits.counter import CONCURRENT, NEVER, UNITS, Asked, Counter, Plan
-from extproc.limits.model import Amounts, Context, Lease, Refusal, Rule, Standing, StoreUnavailable
+from extproc.limits.counter import Counter
+from extproc.limits.meter import CONCURRENT, NEVER, UNITS, Fields, Meter
+from extproc.limits.model import Amounts, Context, Lease, Refusal, Rule, StoreUnavailable
+from extproc.limits.plan import Asked, Plan
 from extproc.limits.refusal import refusal
 from extproc.limits.saved import Holds, SavedLimits
 from extproc.limits.views import CounterView, StoreStats
@@ -34,22 +36,14 @@ DROP_AT_ONCE = 2_000
 TICK_S = 1.0
 CLEAN_S = 60.0
 CLOCK_SLACK_S = 60.0
-_new = tuple.__new__
-"""half the cost of a named tuple's own constructor"""
 _NOTHING = Amounts(0, 0, 0)
-_ANY = 1 << 64
-"""more than is ever left of a limit"""
 
 
 class MemoryStore:
     """Implements `LimitStore`. With a journal it continues where the last process stopped. Raises StateUnreadable."""
 
     def __init__(
-        self,
-        *,
-        clock: Callable[[], float] = time.time,
-        journal: Journal | None = None,
-        ledger: Ledger | None = None,
+        self, *, clock: Callable[[], float] = time.time, journal: Journal | None = None, ledger: Ledger | None = None
     ) -> None:
         self.stats = StoreStats()
         self._clock = clock
@@ -57,6 +51,7 @@ class MemoryStore:
         self._ledger = ledger
         self._counters: dict[str, Counter] = {}
         self._plans: dict[int, Plan] = {}
+        self._fields = Fields()
         self._books: dict[float, dict[str, Lease]] = {}
         """open leases by their time to live: within one book the order of admission is the order of expiry"""
         self._now_s = clock()
@@ -69,8 +64,8 @@ class MemoryStore:
         if journal is not None:
             book = self._books[-NEVER] = {}
             for lease in self._saved.restore(journal, self._now_s):
-                plan, at_s, _, expires_s, context = lease.holds
-                lease.holds = (plan, at_s, book, expires_s, context)
+                plan, at_s, _, expires_s, context, asked = lease.holds
+                lease.holds = (plan, at_s, book, expires_s, context, asked)
                 book[lease.id] = lease
             journal.attach(self._saved)
 
@@ -100,51 +95,28 @@ class MemoryStore:
             book, ttl_s = self._book(ttl_s)
         if lease_id in book:
             raise ValueError("this lease is open")
-        asked = (requests, prompt, response, prompt + response, 1)
-
-        # Taken while checking, and put back by `_refuse`: nobody else runs in between.
-        least_requests = least_tokens = _ANY
-        for counter, limit, _ in plan.requests:
-            if now >= counter.end_s:
-                counter.roll(now)
-            counter.taken = taken = counter.taken + requests
-            left = limit - taken
-            if left < least_requests:
-                if left < 0:
-                    if requests:
-                        return self._refuse(plan, asked, counter, now)
-                    left = 0
-                least_requests = left
-                tight_requests = counter
-                limit_requests = limit
-        for counter, limit, unit in plan.tokens:
-            if now >= counter.end_s:
-                counter.roll(now)
-            counter.taken = taken = counter.taken + asked[unit]
-            left = limit - taken
-            if left < least_tokens:
-                if left < 0:
-                    if asked[unit]:
-                        return self._refuse(plan, asked, counter, now)
-                    left = 0
-                least_tokens = left
-                tight_tokens = counter
-                limit_tokens = limit
-        for counter, limit, _ in plan.concurrent:
-            counter.taken = taken = counter.taken + 1
-            if taken > limit:
-                return self._refuse(plan, asked, counter, now)
-
-        standing_requests = standing_tokens = None
-        if least_requests is not _ANY:
-            end_s = tight_requests.end_s
-            reset_s = end_s - now if end_s is not NEVER else 0.0
-            standing_requests = _new(Standing, (limit_requests, least_requests, reset_s))
-        if least_tokens is not _ANY:
-            end_s = tight_tokens.end_s
-            reset_s = end_s - now if end_s is not NEVER else 0.0
-            standing_tokens = _new(Standing, (limit_tokens, least_tokens, reset_s))
-        lease = Lease(lease_id, amounts, standing_requests, standing_tokens, (plan, now, book, now + ttl_s, context))
+        fields = self._fields
+        asked = fields.slot + requests * fields.request + prompt * fields.prompt + response * fields.response
+        if now >= plan.end_s:
+            plan.turn(now)
+        guard = plan.guard
+        loads = []
+        for meter, full in plan.meters:
+            meter.taken = taken = meter.taken + asked
+            load = taken + full
+            if load & guard:
+                # Put back what was taken up to here: nobody else ran in between.
+                for begun, _ in plan.meters:
+                    begun.taken -= asked
+                    if begun is meter:
+                        break
+                closer = self._look_closer(plan, amounts, asked, now)
+                if isinstance(closer, Refusal):
+                    return closer
+                loads = closer
+                break
+            loads.append(load)
+        lease = Lease(lease_id, amounts, (plan, now, book, now + ttl_s, context, asked), (plan.reading, loads, now))
         book[lease_id] = lease
         if journal is not None:
             self._saved.opened.append(lease)
@@ -162,39 +134,35 @@ class MemoryStore:
         if (requests | prompt | response) >> 53:
             # An engine's word, not ours: an absurd count must neither break a counter nor leave the lease open.
             requests, prompt, response = (min(max(n, 0), MAX_AMOUNT) for n in actual)
-        held_requests, held_prompt, held_response = lease.amounts
-        more_prompt = prompt - held_prompt
-        more_response = response - held_response
-        if more_prompt > 0 or more_response > 0:
+        _, held_prompt, held_response = lease.amounts
+        if prompt > held_prompt or response > held_response:
             self.stats.overspent += 1
-        plan, at_s, book, _, _ = holds
-        charge = (requests, prompt, response, prompt + response, 0)
+        plan, at_s, book, _, _, asked = holds
+        fields = self._fields
+        charge = requests * fields.request + prompt * fields.prompt + response * fields.response
+        change = charge - asked
         if book is None:
             # Expired: the counters were charged what was held, and the concurrent slot is free already.
             self.stats.corrected += 1
-            change = (requests - held_requests, more_prompt, more_response, more_prompt + more_response, 0)
-            charge = change
+            charge = change = change + fields.slot
         else:
-            change = (requests - held_requests, more_prompt, more_response, more_prompt + more_response, -1)
             book.pop(lease.id, None)
-        journal = self._journal
-        if journal is None:
-            for counter, unit in plan.holds:
-                if counter.start_s <= at_s:
-                    counter.used += charge[unit]
-                    counter.taken += change[unit]
-            return
         # The order is what `SavedLimits` relies on: closed, then charged, then marked.
-        self._saved.closed.append(lease.id)
-        for counter, unit in plan.holds:
-            if counter.start_s <= at_s:
-                counter.used += charge[unit]
-                counter.taken += change[unit]
-        if not plan.changed:
-            plan.changed = True
-            self._saved.changed.append(plan)
-        if journal.idle:
-            journal.wake()
+        if lease.saved:
+            self._saved.closed.append(lease.id)
+        for meter, _ in plan.meters:
+            if meter.start_s <= at_s:
+                meter.used += charge
+                meter.taken += change
+            else:
+                self._settle_each(meter, lease, Amounts(requests, prompt, response), at_s, expired=book is None)
+        journal = self._journal
+        if journal is not None:
+            if not plan.changed:
+                plan.changed = True
+                self._saved.changed.append(plan)
+            if journal.idle:
+                journal.wake()
 
     def release(self, lease: Lease) -> None:
         """Return everything: the request reached no engine, or the engine failed it. Idempotent like `settle`."""
@@ -231,8 +199,8 @@ class MemoryStore:
         self._clean(now)
 
     def _expire(self, lease: Lease, now: float) -> None:
-        plan, at_s, book, expires_s, made = lease.holds
-        lease.holds = (plan, at_s, None, expires_s, b"")
+        plan, at_s, book, expires_s, made, asked = lease.holds
+        lease.holds = (plan, at_s, None, expires_s, bytes, asked)
         book.pop(lease.id)
         self.stats.expired += 1
         requests, prompt, response = lease.amounts
@@ -240,9 +208,7 @@ class MemoryStore:
         self._saved_closed(lease.id)
         for counter, unit in plan.holds:
             if counter.start_s <= at_s:
-                counter.used += charge[unit]
-                if unit == CONCURRENT:
-                    counter.taken -= 1
+                counter.add(charge[unit], -1 if unit == CONCURRENT else 0)
         self._saved_changed(plan)
         context = made() if self._ledger is not None else b""
         if self._ledger is not None and context:
@@ -312,19 +278,38 @@ class MemoryStore:
         counter = known or self._counter(key, window_s)
         if self._now_s >= counter.end_s:
             counter.roll(self._now_s)
-        counter.taken += used - counter.used
-        counter.used = used
+        change = used - counter.used
+        counter.add(change, change)
         self._saved_changed(Plan((), [(counter, 0, UNITS["total"])]))
 
     # -- seldom
 
-    def _refuse(self, plan: Plan, asked: Asked, stopped_at: Counter, now: float) -> Refusal:
-        """Put back what was taken, up to the counter that did not fit, and say why."""
-        for counter, unit in plan.holds:
-            counter.taken -= asked[unit]
-            if counter is stopped_at:
-                break
-        return refusal(plan, asked, now)
+    def _look_closer(self, plan: Plan, amounts: Amounts, asked: int, now: float) -> list[int] | Refusal:
+        """Some meter reads as full: it is, or the request takes nothing of what is full, or the meter is dead."""
+        if any(meter.dead for meter, _ in plan.meters):
+            plan.bind(self._fields, now)
+        requests, prompt, response = amounts
+        takes: Asked = (requests, prompt, response, prompt + response, 1)
+        for counter, limit, unit in plan.taking:
+            if takes[unit] and counter.taken + takes[unit] > limit:
+                return refusal(plan, takes, now)
+        loads = []
+        for meter, full in plan.meters:
+            meter.taken += asked
+            loads.append(meter.taken + full)
+        return loads
+
+    @staticmethod
+    def _settle_each(meter: Meter, lease: Lease, actual: Amounts, at_s: float, *, expired: bool) -> None:
+        """`settle` for a meter some of whose windows are over, or that is dead."""
+        requests, prompt, response = actual
+        held_requests, held_prompt, held_response = lease.amounts
+        charge = (requests, prompt, response, prompt + response, 0)
+        held = (held_requests, held_prompt, held_response, held_prompt + held_response, 0 if expired else 1)
+        for counter, unit in meter.counters:
+            if counter.start_s <= at_s:
+                change = charge[unit] - held[unit]
+                counter.add(change if expired else charge[unit], change)
 
     def _compile(self, rules: tuple[Rule, ...], now: float) -> Plan:
         checks = []
@@ -336,6 +321,7 @@ class MemoryStore:
         if len(self._plans) >= MAX_PLANS:
             self._forget_plans()
         plan = self._plans[id(rules)] = Plan(rules, checks)
+        plan.bind(self._fields, now)
         return plan
 
     def _counter(self, key: str, window_s: int) -> Counter:

@@ -46,18 +46,33 @@ class Standing(NamedTuple):
     """until the window ends; 0 for a counter that never resets"""
 
 
-@dataclass(slots=True)
-class Lease:
+class Lease(msgspec.Struct):
     """An admitted request's hold on its counters."""
 
     id: str
     amounts: Amounts
-    requests: Standing | None
-    """tightest rpm/rpd after this reservation; None without such a rule"""
-    tokens: Standing | None
-    """tightest tpm/tpd/quota after this reservation"""
-    holds: Any = None
+    holds: Any
     """the store's own"""
+    seen: Any
+    """the store's own: what its counters showed at admission, and what can read that"""
+    saved: bool = False
+    """the journal's own: it took the lease, so it has to be told when the lease ends"""
+
+    def standings(self) -> tuple[Standing | None, Standing | None]:
+        """Tightest rpm/rpd, and tightest tpm/tpd/quota, right after this reservation. Made when asked for."""
+        if self.seen is None:
+            return None, None
+        reading, loads, at_s = self.seen
+        standings: tuple[Standing | None, Standing | None] = reading.standings(loads, at_s)
+        return standings
+
+    @property
+    def requests(self) -> Standing | None:
+        return self.standings()[0]
+
+    @property
+    def tokens(self) -> Standing | None:
+        return self.standings()[1]
 
 
 @dataclass(frozen=True, slots=True)

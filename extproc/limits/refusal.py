@@ -1,7 +1,8 @@
 """Why a request does not fit, for a plan none of whose counters holds it."""
 
-from extproc.limits.counter import CONCURRENT, Asked, Check, Plan
+from extproc.limits.meter import CONCURRENT
 from extproc.limits.model import Refusal, Rule, Standing
+from extproc.limits.plan import Asked, Check, Plan
 
 CONCURRENT_RETRY_S = 1.0
 """nobody knows when a slot comes free"""

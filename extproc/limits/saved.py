@@ -1,11 +1,11 @@
 """What the journal keeps of a `MemoryStore`: charged sums, and the leases that are open.
 
 A sum's row holds what was charged, a lease's row what it holds; a restart adds them up. For a crash at any moment to
-lose usage at worst, and never to charge anything twice, both sides keep an order. The store says that a lease is
-closed before it charges the counters. The journal reads the counters first, then which leases closed, then which
-opened. So a charge that was read always has its lease's end read with it.
+lose usage at worst, and never to charge anything twice, both sides keep an order. The store says that a lease which
+the journal took is closed before it charges the counters. The journal reads the counters first, then which leases
+closed, then which opened. So a charge that was read always has its lease's end read with it.
 
-Leases that open and close between two flushes are never written at all.
+Leases that open and close between two flushes are never written at all, and nobody tells that they closed.
 """
 
 import functools
@@ -17,8 +17,10 @@ import msgspec
 from extproc.journal.errors import StateUnreadable
 from extproc.journal.model import Row, Statement
 from extproc.journal.writer import Journal
-from extproc.limits.counter import CONCURRENT, Counter, Plan
+from extproc.limits.counter import Counter
+from extproc.limits.meter import CONCURRENT
 from extproc.limits.model import Amounts, Context, Lease
+from extproc.limits.plan import Plan
 
 _COUNTERS = Statement("INSERT OR REPLACE INTO counters (key, window_s, start_s, used) VALUES", 4)
 _OPENED = Statement(
@@ -30,11 +32,12 @@ _LARGEST = (1 << 63) - 1
 _HOLDS = msgspec.msgpack.Decoder(list[tuple[str, int, int]])
 
 
-Holds: TypeAlias = tuple[Plan, float, dict[str, Lease] | None, float, Context]
+Holds: TypeAlias = tuple[Plan, float, dict[str, Lease] | None, float, Context, int]
 """`Lease.holds` while the store still knows the lease; None once it is settled.
 
 (plan, the store's time of admission: a counter whose window began later is not this lease's any more, the book where
-the open lease stands or None after it expired, expires_s, context). A plain tuple: see `Check`.
+the open lease stands or None after it expired, expires_s, context, what it took as one integer for all meters). A
+plain tuple: see `Check`.
 """
 
 
@@ -62,7 +65,7 @@ class SavedLimits:
         for key, window_s, start_s, used in journal.execute("SELECT key, window_s, start_s, used FROM counters"):
             counter = Counter(key, window_s, now_s)
             if counter.start_s == start_s:
-                counter.used = counter.taken = used
+                counter.add(used, used)
                 counter.saved = (start_s, used)
                 self._counters[key] = counter
         leases = []
@@ -81,10 +84,10 @@ class SavedLimits:
             plan = Plan((), [(self._held(key, window_s, at_s, now_s), 0, unit) for key, window_s, unit in held])
             taken = (requests, prompt, response, prompt + response, 1)
             for counter, unit in plan.holds:
-                counter.taken += taken[unit]
+                counter.add(0, taken[unit])
                 counter.concurrent = unit == CONCURRENT
             made = functools.partial(bytes, context)
-            leases.append(Lease(lease_id, amounts, None, None, (plan, at_s, None, expires_s, made)))
+            leases.append(Lease(lease_id, amounts, (plan, at_s, None, expires_s, made, 0), None, saved=True))
         self._written.update(lease.id for lease in leases)
         return leases
 
@@ -122,10 +125,13 @@ class SavedLimits:
             self._inserts.pop(lease_id, None)
             if lease_id in self._written:
                 self._deletes.add(lease_id)
-        for lease in opened:
+        # Most leases are over by now.
+        for lease in [lease for lease in opened if lease.holds is not None]:
+            # In this order: `settle` takes the holds away before it looks whether it must tell.
+            lease.saved = True
             holds: Holds | None = lease.holds
             if holds is not None:
-                plan, at_s, book, expires_s, context = holds
+                plan, at_s, book, expires_s, context, _ = holds
                 if book is not None:
                     self._inserts[lease.id] = (lease.id, at_s, expires_s, *lease.amounts, plan.ruleset, context())
                     if plan.ruleset not in self._known:
