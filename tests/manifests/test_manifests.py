@@ -141,13 +141,8 @@ def test_the_command_line_takes_what_the_container_gives_it(product, name, monke
     (container,) = (item for item in [*spec["initContainers"], *spec["containers"]] if item["name"] == name)
     for variable in container["env"]:
         monkeypatch.setenv(variable["name"], str(variable.get("value", "x")))
-    # The folders are volumes of the pod.
-    mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
-    for path in ("ARKS_POLICY", "ARKS_STATE"):
-        value = next((item["value"] for item in container["env"] if item["name"] == path), None)
-        if value is not None:
-            assert value in mounts
-            monkeypatch.setenv(path, str(tmp_path))
+    if name == "extproc":
+        monkeypatch.setenv("ARKS_STATE", str(tmp_path))
     chosen = cli._parser().parse_args(container["args"])
     admin: options.HostPort = chosen.admin
     probed = {port["name"]: port["containerPort"] for port in container["ports"]}
@@ -156,6 +151,19 @@ def test_the_command_line_takes_what_the_container_gives_it(product, name, monke
     if name == "extproc":
         assert chosen.listen == f"0.0.0.0:{probed['grpc']}"
         assert spec["terminationGracePeriodSeconds"] > chosen.drain_timeout_s
+        assert cli.extproc_settings(cli._parser(), chosen).policy_stream == "unix:/run/arks/policy.sock"
+
+
+def test_controller_and_extproc_meet_at_one_socket_and_state_is_kept(product):
+    spec = pods(product)[0]["spec"]
+    (controller,), (extproc,) = spec["initContainers"], spec["containers"]
+    values = [{item["name"]: item.get("value") for item in each["env"]} for each in (controller, extproc)]
+    mounts = [{item["mountPath"]: item["name"] for item in each["volumeMounts"]} for each in (controller, extproc)]
+    assert values[0]["ARKS_POLICY_STREAM"] == values[1]["ARKS_POLICY_STREAM"]
+    folder = str(Path(values[0]["ARKS_POLICY_STREAM"].removeprefix("unix:")).parent)
+    assert mounts[0][folder] == mounts[1][folder]
+    volumes = {item["name"]: item for item in spec["volumes"]}
+    assert "persistentVolumeClaim" in volumes[mounts[1][values[1]["ARKS_STATE"]]]
 
 
 # --- the chart -----------------------------------------------------------------------------------------------------
