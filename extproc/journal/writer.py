@@ -4,8 +4,8 @@ Life cycle: `Journal(state_dir)` takes the directory's lock and opens the file; 
 process left; `start` begins to write; `close` writes the rest and gives the lock back.
 
 Every SQLite call gives up the interpreter lock and must win it back from a busy event loop. So a transaction is few
-calls with many rows each: chunks whose size is a power of two, so that each is prepared once, the last one filled up
-by repeating its last row. That is harmless: every write is idempotent.
+calls with many rows each: chunks of a few dozen sizes, so that each is prepared once, the last one filled up by
+repeating its last row. That is harmless: every write is idempotent.
 
 Failure: what could not be written stays with its source and is tried again with backoff, for ever. `refusing` turns
 true under the `refuse` policy after `grace_s` of failure, or when more than `max_queued` entries wait; under `serve`
@@ -222,7 +222,7 @@ class Journal:
     def _write(self, statement: Statement, rows: list[Row]) -> None:
         for start in range(0, len(rows), CHUNK_ROWS):
             chunk = rows[start : start + CHUNK_ROWS]
-            size = 1 << (len(chunk) - 1).bit_length()
+            size = _chunk_rows(len(chunk))
             chunk.extend([chunk[-1]] * (size - len(chunk)))
             try:
                 self._db.execute(_sql(statement, size), list(itertools.chain.from_iterable(chunk)))
@@ -298,6 +298,12 @@ class Journal:
 
     def _queued(self) -> int:
         return sum(source.depth() for source in self._sources)
+
+
+def _chunk_rows(rows: int) -> int:
+    """The next size with three significant bits: at most a fifth more than `rows`."""
+    step = 1 << max(0, (rows - 1).bit_length() - 3)
+    return -(-rows // step) * step
 
 
 @functools.cache
