@@ -13,13 +13,15 @@ client left is read from our own state (was the answer's end seen?).
 import time
 from typing import Final
 
+from msgspec.structs import replace
+
 from extproc import messages
 from extproc.access_log import CLIENT_DISCONNECTED, ENGINE_LOST, STREAM_TIMEOUT, Abandoned
 from extproc.admission import Admission, Admitted
 from extproc.endpoints import ModelList, route
 from extproc.errors import Refused, refused
 from extproc.identity import identify, secret_of
-from extproc.ledger.model import Accuracy, Ledger, UsageRecord
+from extproc.ledger.model import BROKEN_OFF, Accuracy, Ledger, UsageRecord
 from extproc.limits.context import encode_context
 from extproc.limits.model import Amounts, LimitStore
 from extproc.messages import Attribute, HeaderNames
@@ -350,7 +352,7 @@ class Exchange:
     def _settle_abandoned(self) -> None:
         """The stream is gone and the answer's end was not seen: the client left, or the engine was lost on the way.
 
-        Charged at once; the row waits for the reason.
+        Charged at once; the row tells the reason as soon as it is known.
         """
         admitted, tap = self._admitted, self._tap
         assert admitted is not None
@@ -366,10 +368,14 @@ class Exchange:
         deps = self._deps
         deps.store.settle(admitted.lease, Amounts(1, usage.prompt, usage.completion))
         deps.picker.suspect(self._engine)
+        # A crash in the next moment must not leave a charge without a row.
+        row = self._record(self._engine, CLIENT_CLOSED_REQUEST, usage, accuracy, BROKEN_OFF)
+        deps.ledger.append(row)
+        error = tap.error if tap is not None else ""
 
         def told(reason: str) -> None:
-            self._status, outcome = _ENDINGS[reason]
-            self._book(usage, accuracy, (tap.error if tap is not None else "") or reason, outcome)
+            status, outcome = _ENDINGS[reason]
+            self._book(replace(row, status=status, error=error or reason), outcome)
 
         deps.abandoned.wait(self._request_id.decode("latin-1"), told)
 
@@ -396,21 +402,22 @@ class Exchange:
             store.settle(admitted.lease, Amounts(1, usage.prompt, usage.completion))
         else:
             store.release(admitted.lease)
-        self._book(usage, accuracy, error, outcome)
+        self._book(self._record(self._engine, self._status, usage, accuracy, error), outcome)
 
-    def _book(self, usage: Usage, accuracy: Accuracy, error: str, outcome: Outcome) -> None:
+    def _book(self, row: UsageRecord, outcome: Outcome) -> None:
         """What is settled goes into the books."""
         admitted, deps = self._admitted, self._deps
         assert admitted is not None
         deps.open -= 1
         deps.picker.end(self._engine, outcome)
-        record = self._record(self._engine, self._status, usage, accuracy, error)
-        deps.ledger.append(record)
-        deps.metrics.ended.append(record)
+        deps.ledger.append(row)
+        deps.metrics.ended.append(row)
         bound = admitted.reserved.prompt
-        if accuracy == "exact" and usage.prompt and bound and not record.time_ms & _LEARN_MASK:
-            key = (record.namespace, record.endpoint)
-            deps.ratios[key] = 0.9 * deps.ratios.get(key, FIRST_RATIO) + 0.1 * usage.prompt / bound
+        if row.accuracy == "exact" and row.prompt_tokens and bound and not row.time_ms & _LEARN_MASK:
+            key = (row.namespace, row.endpoint)
+            known = deps.ratios.get(key)
+            seen = row.prompt_tokens / bound
+            deps.ratios[key] = seen if known is None else 0.9 * known + 0.1 * seen
 
     def _record(self, engine: str, status: int, usage: Usage, accuracy: Accuracy, error: str) -> UsageRecord:
         admitted, principal = self._admitted, self._principal

@@ -11,6 +11,9 @@ Accuracy: TypeAlias = Literal["exact", "estimated"]
 LEASE_EXPIRED = "lease_expired"
 """`UsageRecord.error` of the estimate that a lease leaves behind when nobody settled it in time"""
 
+BROKEN_OFF = "broken_off"
+"""`UsageRecord.error` of a request whose answer broke off, until it is known why (about a tenth of a second)"""
+
 
 class UsageRecord(msgspec.Struct, frozen=True, gc=False):
     id: str

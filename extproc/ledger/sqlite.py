@@ -1,8 +1,8 @@
 """The embedded ledger: usage rows, carried by the journal into the table `usage`.
 
 `append` puts the record on a list; the journal's thread takes it from there. The primary key (id, attempt) makes a
-second append of the same event harmless. One row may be replaced: a lease that expired leaves an estimate behind, and
-when its request ends after all, the truth takes that row's place.
+second append of the same event harmless. Two kinds of rows may be replaced: the estimate that an expired lease leaves
+behind, when its request ends after all; and a broken-off request's, once it is known why it broke off.
 
 Under the journal's `serve` policy the oldest rows are dropped beyond its bound, and counted.
 """
@@ -13,7 +13,7 @@ from msgspec.structs import astuple
 
 from extproc.journal.model import Row, Statement
 from extproc.journal.writer import BATCH_ROWS, Journal
-from extproc.ledger.model import LEASE_EXPIRED, UsageRecord
+from extproc.ledger.model import BROKEN_OFF, LEASE_EXPIRED, UsageRecord
 
 COLUMNS = UsageRecord.__struct_fields__
 _INSERT = Statement(
@@ -21,7 +21,8 @@ _INSERT = Statement(
     columns=len(COLUMNS),
     tail="ON CONFLICT (id, attempt) DO UPDATE SET "
     + ", ".join(f"{name} = excluded.{name}" for name in COLUMNS if name not in {"id", "attempt"})
-    + f" WHERE usage.error = '{LEASE_EXPIRED}' AND excluded.error <> '{LEASE_EXPIRED}'",
+    + f" WHERE usage.error IN ('{LEASE_EXPIRED}', '{BROKEN_OFF}') AND excluded.error <> usage.error"
+    + f" AND excluded.error <> '{LEASE_EXPIRED}'",
 )
 
 

@@ -123,8 +123,8 @@ class Gateway:
         return (await self.rows_of(request_id, 1, timeout_s))[0]
 
     def count(self, request_id: str | None = None) -> int:
-        """Rows in the ledger's file now."""
-        where = "" if request_id is None else " WHERE request_id = ?"
+        """Rows in the ledger's file now, without those of which the last word is still to come."""
+        where = " WHERE error <> 'broken_off'" + ("" if request_id is None else " AND request_id = ?")
         with contextlib.closing(sqlite3.connect(f"file:{self.state / 'arks.db'}?mode=ro", uri=True)) as db:
             found = db.execute("SELECT count(*) FROM usage" + where, () if request_id is None else (request_id,))
             return int(found.fetchone()[0])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from extproc.journal.model import JournalSettings
 from extproc.journal.retention import Retention
 from extproc.journal.writer import CHUNK_ROWS, Journal
-from extproc.ledger.model import LEASE_EXPIRED, UsageRecord
+from extproc.ledger.model import BROKEN_OFF, LEASE_EXPIRED, UsageRecord
 from extproc.ledger.query import LedgerUnreadable, Totals, query, totals
 from extproc.ledger.sqlite import SqliteLedger
 from tests.limits.ground import NOON, record
@@ -236,3 +236,24 @@ def test_loop_without_rest_does_not_starve_the_writer(journal: Journal, ledger: 
     uvloop.run(serve())
     assert flushes > 10
     assert journal.status.written > 500
+
+
+def test_a_broken_off_row_gets_its_last_word_and_keeps_it(tmp_path):
+    journal = Journal(tmp_path)
+    ledger = SqliteLedger(journal)
+    journal.start()
+    first = record("a", status=499, accuracy="estimated", error=BROKEN_OFF)
+    ledger.append(first)
+    assert journal.flush()
+    assert query(tmp_path) == [first]
+    # Both in one transaction, and in two.
+    last = record("a", status=502, accuracy="estimated", error="engine_lost")
+    ledger.append(record("b", status=499, accuracy="estimated", error=BROKEN_OFF))
+    ledger.append(record("b", status=499, accuracy="estimated", error="client_disconnected"))
+    ledger.append(last)
+    ledger.append(first)
+    assert journal.flush()
+    rows = {row.id: row for row in query(tmp_path)}
+    assert rows["a"] == last
+    assert rows["b"].error == "client_disconnected"
+    journal.close()
