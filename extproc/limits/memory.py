@@ -290,9 +290,9 @@ class MemoryStore:
             plan.bind(self._fields, now)
         requests, prompt, response = amounts
         takes: Asked = (requests, prompt, response, prompt + response, 1)
-        for counter, limit, unit in plan.taking:
-            if takes[unit] and counter.taken + takes[unit] > limit:
-                return refusal(plan, takes, now)
+        refused = refusal(plan, takes, now)
+        if refused is not None:
+            return refused
         loads = []
         for meter, full in plan.meters:
             meter.taken += asked

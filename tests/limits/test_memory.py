@@ -94,6 +94,20 @@ def test_standing_is_the_tightest_of_its_family_after_the_reservation():
     assert admitted(store.reserve("b", (), ONE, ttl_s=60)).requests is None
 
 
+def test_standing_stays_as_it_was_at_admission_whatever_other_rules_do_to_its_counters():
+    store = MemoryStore(clock=Clock())
+    rules = (rpm(10), rpd(20), tpm(1000), quota(5000))
+    lease = admitted(store.reserve("a", rules, ONE, ttl_s=60))
+    admitted(store.reserve("b", (rpm(50), quota(700)), ONE, ttl_s=60))
+    again = admitted(store.reserve("c", rules, ONE, ttl_s=60))
+    store.settle(lease, Amounts(1, 1, 1))
+    assert lease.standings() == (Standing(10, 9, 60), Standing(1000, 900, 60))
+    assert again.standings() == (Standing(10, 7, 60), Standing(1000, 800, 60))
+    store.release(again)
+    assert [store.used(rule.key) for rule in rules] == [1, 1, 2, 2]
+    assert [store.reserved(rule.key) for rule in rules] == [1, 0, 0, 100]
+
+
 def test_unused_part_returns_at_settle():
     store = MemoryStore(clock=Clock())
     rules = (tpm(100), quota(100, "response"), concurrency(1))
