@@ -63,13 +63,16 @@ def _wanted(
     engines = {each.application: loads.get(each.application, ()) for each in backends}
     quickest = min((one.ttft_s for found in engines.values() for one in found if one.ttft_s > 0), default=0.0)
     rooms = {name: _room(found, quickest, damping) for name, found in engines.items()}
-    told = [room for room in rooms.values() if room is not None]
+    carrying = [rooms[each.application] for each in backends if each.weight > 0]
+    told = [room for room in carrying if room is not None]
     best = max(told, default=0.0)
-    if best <= 0.0 and len(told) == len(rooms):
+    if best <= 0.0 and len(told) == len(carrying):
         return dict.fromkeys(rooms, 1.0)
     usual = sum(told) / len(told) / best if best > 0 else 1.0
     return {
-        name: max(damping.floor, usual) if room is None else (max(damping.floor, room / best) if room > 0 else 0.0)
+        name: max(damping.floor, usual)
+        if room is None
+        else (min(1.0, max(damping.floor, room / best)) if room > 0 and best > 0 else 0.0)
         for name, room in rooms.items()
     }
 
