@@ -190,7 +190,7 @@ class _Model:
         """One Job fills the storage that all share."""
         assert desired.job is not None
         await self._drop_jobs({desired.job["metadata"]["name"]})
-        loading = await self._job_step(desired.job)
+        loading = await self._job_step(desired.job, remembered=self._was_loaded())
         await self._tell(loading)
 
     async def _tell(self, loading: Loading | Refusal | None) -> None:
@@ -211,12 +211,12 @@ class _Model:
             found.fail("ModelLoadFailed", loading.message)
             found.again_s = min(found.again_s, self._retry_in_s(loading) + 1.0)
 
-    async def _job_step(self, wanted: Object) -> Loading | Refusal | None:
-        """Bring one Job on; None while there is none to ask."""
+    async def _job_step(self, wanted: Object, *, remembered: bool) -> Loading | Refusal | None:
+        """Bring one Job on; None while there is none to ask. `remembered`: what it would load is there already."""
         context, meta = self._context, wanted["metadata"]
         job = context.watches.jobs.get(Key(self._namespace, meta["name"]))
         if job is None:
-            if self._was_loaded():
+            if remembered:
                 return Loading(State.LOADED)  # the finished Job was cleaned away, the weights were not
             meta["annotations"][CREDENTIALS_ANNOTATION] = self._credentials()
             return await context.writer.apply(self._model.metadata.uid, wanted)
@@ -237,10 +237,14 @@ class _Model:
         """This very request was loaded before, as far as the status remembers, and into the present claim."""
         conditions = self._status.get("conditions") or ()
         loaded = next((each for each in conditions if each["type"] == "ModelLoaded" and each["status"] == "True"), None)
-        if loaded is None or self._status.get("observedGeneration") != self._model.metadata.generation:
+        if loaded is None or not self._same_request():
             return False
         # Both are RFC 3339 in UTC: they compare as text.
         return str(loaded.get("lastTransitionTime", "")) >= self._claimed_at
+
+    def _same_request(self) -> bool:
+        """Does the status speak of the present spec?"""
+        return bool(self._status.get("observedGeneration") == self._model.metadata.generation)
 
     def _retry_in_s(self, loading: Loading, job: Object | None = None) -> float:
         if job is not None:
@@ -284,17 +288,16 @@ class _Model:
             found.loaded = Verdict("ModelLoaded", "False", "Waiting", text)
             return
         room = self._parallel(len(nodes)) - self._running()
+        filled = set(self._status.get("preloadedNodes") or ()) if self._same_request() else set()
         failed: list[str] = []
         for node in nodes:
             desired = self._desired(claim_exists=True, node=node)
             assert desired.job is not None
             there = Key(self._namespace, desired.job["metadata"]["name"]) in self._context.watches.jobs
-            if node in self._model.status.preloaded_nodes and not there and self._was_loaded():
-                found.nodes.append(node)
+            remembered = node in filled
+            if not there and not remembered and room <= 0:
                 continue
-            if not there and room <= 0:
-                continue
-            loading = await self._job_step(desired.job)
+            loading = await self._job_step(desired.job, remembered=remembered)
             if isinstance(loading, Loading) and loading.state is State.LOADED:
                 found.nodes.append(node)
                 found.revision = loading.revision or found.revision
