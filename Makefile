@@ -50,8 +50,11 @@ wire: $(VENV)/.dev
 compiled: .cache/compiled/.done
 
 .cache/compiled/.done: $(VENV)/.dev $(shell find apis arks extproc simengine -name '*.py')
-	rm -rf .cache/compiled .cache/wheel
-	HATCH_BUILD_HOOKS_ENABLE=1 $(BIN)/python -m hatchling build -t wheel -d .cache/wheel > .cache/compiled.log 2>&1 || (tail -20 .cache/compiled.log; exit 1)
+	rm -rf .cache/compiled .cache/wheel .cache/source
+	@mkdir -p .cache/source
+	# From a copy: a compiled module left beside its source would quietly run in its place.
+	cp -r apis arks bench console controller extproc simengine manifests pyproject.toml README.md LICENSE .cache/source/
+	cd .cache/source && HATCH_BUILD_HOOKS_ENABLE=1 ../../$(BIN)/python -m hatchling build -t wheel -d ../wheel > ../compiled.log 2>&1 || (tail -20 ../compiled.log; exit 1)
 	$(PYTHON) -m venv .cache/compiled
 	.cache/compiled/bin/python -m pip install -q --require-hashes -r requirements/run.txt
 	.cache/compiled/bin/python -m pip install -q --no-deps .cache/wheel/*.whl
