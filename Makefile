@@ -24,7 +24,7 @@ fmt: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 $(BIN)/python:
-	$(PYTHON) scripts/venv.py $(VENV)
+	$(PYTHON) scripts/environment.py $(VENV)
 
 $(VENV)/.run: $(BIN)/python requirements/run.txt pyproject.toml
 	$(BIN)/python -m pip install -q --require-hashes -r requirements/run.txt
