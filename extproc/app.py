@@ -13,7 +13,7 @@ import time
 from collections.abc import Awaitable, Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import structlog
 
@@ -35,12 +35,10 @@ from extproc.settings import ExtprocSettings
 from extproc.snapshot.errors import Note, PolicyErrors
 from extproc.snapshot.folder import FolderSource, Notes
 from extproc.snapshot.index import LiveIndex
+from extproc.snapshot.stream import StreamSource
 from extproc.transport import grpc_aio, h2
 from extproc.transport.core import Server, Service
 from extproc.transport.health import Health
-
-if TYPE_CHECKING:
-    from extproc.snapshot.stream import StreamSource
 
 __version__: Final = version("arks")
 
@@ -159,13 +157,11 @@ class Gateway:
 
     # --- policy ---------------------------------------------------------------------------------------------------
 
-    def _policy_source(self) -> "FolderSource | StreamSource":
+    def _policy_source(self) -> FolderSource | StreamSource:
         settings = self._settings
         if settings.policy_stream is None:
             assert settings.policy_dir is not None
             return FolderSource(settings.policy_dir, self._on_policy, self._on_policy_error)
-        from extproc.snapshot.stream import StreamSource  # noqa: PLC0415 - loads grpcio, which a folder does not need
-
         return StreamSource(
             settings.policy_stream, self._on_policy, self._on_policy_error, state_dir=settings.state_dir
         )

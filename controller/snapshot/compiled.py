@@ -67,6 +67,8 @@ class Compiled:
         self._users: dict[tuple[str, str, str], set[Key]] = {}
         """endpoints by (kind, namespace, name) of what they refer to"""
         self._uses: dict[Key, frozenset[tuple[str, str, str]]] = {}
+        self._engines: dict[tuple[str, str], tuple[str, ...]] = {}
+        """addresses by (namespace, Service), as long as they hold: they are asked for twice a second"""
 
     def __len__(self) -> int:
         """Objects whose records may be stale."""
@@ -112,6 +114,7 @@ class Compiled:
             self._dirty[ENDPOINT, key.namespace, key.name] = None
 
     def _referring(self, kind: str, namespace: str, name: str) -> None:
+        self._engines.pop((namespace, name), None)
         for key in self._users.get((kind, namespace, name), ()):
             self._dirty[ENDPOINT, key.namespace, key.name] = None
 
@@ -197,12 +200,17 @@ class Compiled:
 
     def engines(self, endpoint: ArksEndpoint, application: str) -> tuple[str, ...]:
         """Addresses behind one application: the pods of its Service that are ready."""
-        namespace = endpoint.metadata.namespace
-        reference = RouteRef("", "Service", namespace, service_name(application), SERVING_PORT, 1)
+        namespace, service = endpoint.metadata.namespace, service_name(application)
+        known = self._engines.get((namespace, service))
+        if known is not None:
+            return known
+        reference = RouteRef("", "Service", namespace, service, SERVING_PORT, 1)
         ident = Ident("ArksEndpoint", namespace, endpoint.metadata.name)
         bare = EndpointFragment(ident, Endpoint(namespace, endpoint.metadata.name, "", None), (reference,))
         made = link(_by_ident((bare, *self._addresses.behind(reference)))).policy.endpoints[ident.key]
-        return tuple(address for route in made.routes or () for address in route.addresses)
+        found = tuple(address for route in made.routes or () for address in route.addresses)
+        self._engines[namespace, service] = found
+        return found
 
 
 def _served(kind: str, app: Any) -> str:

@@ -45,7 +45,7 @@ def endpoint(index: int) -> list[tuple]:
     part = {"addressType": "IPv4", "endpoints": ends, "ports": [{"name": "http", "port": 8080}]}
     routes = [{"name": f"svc-{index}", "port": 80}]
     return [
-        (SERVICES, {"metadata": service, "spec": {"ports": [{"name": "http", "port": 80}]}}),
+        (SERVICES, {"metadata": service, "spec": {"clusterIP": "None", "ports": [{"name": "http", "port": 80}]}}),
         (ENDPOINT_SLICES, {"metadata": {**service, "labels": labels}, **part}),
         (ARKS["ArksEndpoint"], {"metadata": meta, "spec": {"gatewayRef": {"name": "eg"}, "routeConfigs": routes}}),
     ]
@@ -56,7 +56,7 @@ async def filled(client: Client, tokens: int, endpoints: int) -> None:
 
     async def create(resource, body) -> None:
         async with gate:
-            await client.create(resource, body)
+            await client.create(resource, {"apiVersion": resource.api_version, "kind": resource.kind, **body})
 
     items = [item for index in range(endpoints) for item in endpoint(index)]
     items += [(ARKS["ArksToken"], token(index)) for index in range(tokens)]

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from apis import records
 from apis.wire.snapshot_pb2 import Change, EngineLoad, FollowResponse, Load, Pulse
 from controller.snapshot import feed as feeds
 from controller.snapshot.feed import Feed
@@ -319,8 +320,6 @@ async def test_one_unreadable_record_takes_no_other_with_it(tmp_path):
     put(feed, token("alice"), token("odd", 2))
     place = (1, "team-a", "odd")
     payload = feed._records[place].replace(b"rpm", b"rph")
-    from apis import records
-
     feed.checksum = records.added(feed.checksum, records.hash_of(place, payload), feed._hashes[place])
     feed._records[place] = payload
     feed._hashes[place] = records.hash_of(place, payload)
@@ -332,6 +331,22 @@ async def test_one_unreadable_record_takes_no_other_with_it(tmp_path):
         put(feed, token("odd", 2))
         await following.shows(token("alice"), token("bob", 3), token("odd", 2))
         assert not following.source.status.notes
+        assert following.source.resyncs == 0
+
+
+async def test_kinds_of_a_later_controller_are_no_gap(tmp_path):
+    feed = Feed()
+    put(feed, token("alice"))
+    place, payload = (9, "team-a", "news"), b"\x80"
+    feed._records[place], feed._hashes[place] = payload, records.hash_of(place, payload)
+    feed.checksum = records.added(feed.checksum, feed._hashes[place])
+    async with publishing(feed, tmp_path), Following(tmp_path).running() as following:
+        assert held(following.policy) == {token("alice")}
+        put(feed, token("bob", 2))
+        await following.shows(token("alice"), token("bob", 2))
+        feed.change([(place, None)])
+        put(feed, token("carol", 3))
+        await following.shows(token("alice"), token("bob", 2), token("carol", 3))
         assert following.source.resyncs == 0
 
 
