@@ -225,6 +225,10 @@ def _add_controller(commands: "argparse._SubParsersAction[argparse.ArgumentParse
     options.add_flag(parser, "--namespace", options.text, None, text, metavar="NAME", shown=shown)
     text = "Where /healthz, /readyz and /metrics are served. Keep it private."
     options.add_flag(parser, "--admin", options.host_port, "127.0.0.1:8081", text, metavar="HOST:PORT")
+    text, shown = "Where extproc follows the policy (its --policy-stream).", "nowhere"
+    options.add_flag(
+        parser, "--policy-stream", options.listen_address, None, text, metavar="unix:PATH|HOST:PORT", shown=shown
+    )
     _logging(parser)
     parser.set_defaults(run=_run_controller)
 
@@ -241,6 +245,7 @@ def _run_controller(chosen: argparse.Namespace) -> int:
         context=chosen.context,
         admin_host=chosen.admin.host,
         admin_port=chosen.admin.port,
+        policy_stream=chosen.policy_stream,
         **given,
     )
     try:

@@ -1,8 +1,9 @@
 """The controller's process: credentials, discovery, watches, Lease, loops, health.
 
-Every replica watches; the holder of the Lease writes. Order of starting: HTTP first, so that probes are answered, then
-discovery and watches, then the election. SIGTERM and SIGINT end it in order: the loops, the Lease handed back so that
-another takes over at once, the watches. Exit status 0.
+Every replica watches and, where asked to, publishes the policy to its own extproc; the holder of the Lease writes. Order
+of starting: HTTP first, so that probes are answered, then discovery, watches and the policy stream, then the election.
+SIGTERM and SIGINT end it in order: the loops, the Lease handed back so that another takes over at once, the watches.
+Exit status 0.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ from controller.kube.credentials import Credentials, detect
 from controller.kube.discovery import Discovery
 from controller.kube.events import Events
 from controller.kube.lease import Lease
+from controller.kube.resource import Key
 from controller.reconcile.context import Context, Weigh
+from controller.reconcile.kinds import Request
 from controller.reconcile.registry import Reconciler
 from controller.reconcile.watches import Watches
 from controller.reconcile.writing import Writer
 from controller.settings import ControllerSettings
+from controller.snapshot.publisher import Publisher
 from controller.status import StatusWriter
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
@@ -48,6 +52,11 @@ class Controller:
             renew_s=settings.renew_s,
             retry_s=settings.retry_s,
         )
+        self.publisher: Publisher | None = None
+        if settings.policy_stream is not None:
+            self.publisher = Publisher(client, self.discovery, self.watches, settings.policy_stream)
+            self.publisher.on_route_weights(self._weights_changed)
+            weigh = weigh or self.publisher.weigh
         self.reconciler: Reconciler | None = None
         self.events: Events | None = None
         self._weigh = weigh
@@ -56,16 +65,24 @@ class Controller:
         """What is still missing before the stores can be trusted."""
         if not self.discovery.ready.is_set():
             return ["discovery has not answered"]
-        return [f"{kind} is not listed yet" for kind in self.watches.unsynced()]
+        waiting = [f"{kind} is not listed yet" for kind in self.watches.unsynced()]
+        return waiting or (self.publisher.unready() if self.publisher is not None else [])
 
     async def run(self) -> None:
         """Watch, stand for election, lead."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self.discovery.run(), name="discovery")
             group.create_task(self.watches.run(), name="watches")
+            if self.publisher is not None:
+                # Leader or not: every replica tells its own extproc.
+                group.create_task(self.publisher.run(), name="policy stream")
             await self.watches.synced()
             _log.info("watching", objects=sum(len(each.store) for each in self.watches.reflectors.values()))
             group.create_task(self.lease.run(self._lead), name="lease")
+
+    def _weights_changed(self, endpoint: Key) -> None:
+        if self.reconciler is not None and self.lease.is_leader:
+            self.reconciler.queue.add(Request("ArksEndpoint", *endpoint))
 
     async def _lead(self) -> None:
         """While the Lease is ours. Nothing is kept from an earlier leadership."""

@@ -46,6 +46,8 @@ class ControllerSettings:
     admin_host: str = "127.0.0.1"
     admin_port: int = 8081
     """of /healthz, /readyz and /metrics; 0 is any free one"""
+    policy_stream: str | None = None
+    """unix:PATH, or HOST:PORT on loopback: where extproc follows the policy; None publishes nothing"""
     workers: int = WORKERS
     environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
     model_retry_s: float = MODEL_RETRY_S

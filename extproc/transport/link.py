@@ -60,7 +60,8 @@ def log_failure(what: str, error: Exception) -> None:
 class Link:
     """An `asyncio.Protocol` in all but name: a compiled class cannot inherit from it.
 
-    Keeps itself in `register` while it lives."""
+    Keeps itself in `register` while it lives.
+    """
 
     __slots__ = (
         "_deadline",
