@@ -1,9 +1,9 @@
 """The controller's process: credentials, discovery, watches, Lease, loops, health.
 
-Every replica watches and, where asked to, publishes the policy to its own extproc; the holder of the Lease writes. Order
-of starting: HTTP first, so that probes are answered, then discovery, watches and the policy stream, then the election.
-SIGTERM and SIGINT end it in order: the loops, the Lease handed back so that another takes over at once, the watches.
-Exit status 0.
+Every replica watches and, where asked to, publishes the policy to its own extproc; the holder of the Lease writes.
+Order of starting: HTTP first, so that probes are answered, then discovery, watches and the policy stream, then the
+election. SIGTERM and SIGINT end it in order: the loops, the Lease handed back so that another takes over at once, the
+watches. Exit status 0.
 """
 
 from __future__ import annotations
