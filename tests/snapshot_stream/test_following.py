@@ -5,14 +5,17 @@ import os
 import stat
 import time
 
+import grpc.aio
 import pytest
 
 from apis import records
-from apis.wire.snapshot_pb2 import Change, EngineLoad, FollowResponse, Load, Pulse
+from apis.records import METHOD
+from apis.wire.snapshot_pb2 import Change, EngineLoad, FollowRequest, FollowResponse, Load, Pulse
 from controller.snapshot import feed as feeds
 from controller.snapshot.feed import Feed
 from extproc.snapshot import kept
 from extproc.snapshot.index import LiveIndex, Principal
+from extproc.snapshot.replica import Replica
 from tests.snapshot_stream.world import (
     Following,
     drop,
@@ -382,3 +385,34 @@ async def test_a_socket_left_by_a_killed_controller_is_taken_over_and_is_ours_al
     async with publishing(feed, tmp_path), Following(tmp_path).running() as following:
         assert stat.S_IMODE((tmp_path / "policy.sock").stat().st_mode) & 0o177 == 0
         await following.shows(token("alice"))
+
+
+async def test_a_follower_that_does_not_read_holds_up_nobody_and_ends_with_the_truth(tmp_path, monkeypatch):
+    monkeypatch.setattr(feeds, "KEPT_BYTES", 100_000)
+    feed = Feed()
+    put(feed, token("alice"))
+    async with (
+        publishing(feed, tmp_path),
+        Following(tmp_path).running() as quick,
+        grpc.aio.insecure_channel(f"unix:{tmp_path / 'policy.sock'}") as channel,
+    ):
+        call = channel.unary_stream(METHOD, request_serializer=FollowRequest.SerializeToString)(FollowRequest())
+        await call.read()
+        for turn in range(60):
+            put(feed, *(token(f"t{index}", index + 1, rpm=turn + 1) for index in range(100)))
+            await asyncio.sleep(0)
+        await until(lambda: quick.source.status.tokens == 101 and quick.policy == quick.source._replica.policy)
+        assert feed._kept_bytes <= 100_000
+        replica = Replica()
+        async with asyncio.timeout(10):
+            while True:
+                said = FollowResponse.FromString(await call.read())
+                match said.WhichOneof("event"):
+                    case "part":
+                        replica.part(said.part)
+                    case "change" if replica.epoch:
+                        replica.change(said.change)
+                    case "pulse" if said.pulse.generation == feed.generation:
+                        assert replica.agrees(said.pulse)
+                        break
+        assert replica.policy == quick.policy
