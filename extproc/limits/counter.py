@@ -59,7 +59,7 @@ class Counter:
         """Begin the window that holds `now_s`. `used` goes first: see `read`."""
         self.add(-self.used, -self.taken)
         self.start_s = start_s = int(now_s // self.window_s) * self.window_s
-        self.end_s = start_s + self.window_s
+        self.end_s = float(start_s + self.window_s)
         meter = self.place[0]
         meter.start_s = max(meter.start_s, start_s)
 
