@@ -6,21 +6,12 @@ standing of its limits differs in a few digits only. Building these from scratch
 
 from typing import Final, TypeAlias
 
+from apis.headers import DECIDED_HEADERS, PIN_HEADER
 from extproc import messages
 from extproc.limits.model import Lease, Standing
 
-PIN_HEADER: Final = "x-gateway-destination-endpoint"
-OWNED_HEADERS: Final = (
-    PIN_HEADER,
-    "x-gateway-destination-endpoint-subset",
-    "model",
-    "namespace",
-    "username",
-    "x-arks-tenant",
-    "x-arks-priority",
-)
-"""Headers that are the gateway's word; a client's copies never pass"""
-_SET: Final = frozenset({PIN_HEADER, "model", "namespace", "username"})
+_UNSET: Final = (f"{PIN_HEADER}-subset", "x-arks-tenant", "x-arks-priority")
+"""headers that are the gateway's word, too, but that a reply does not set: a client's copies never pass"""
 _ENGINE_HEADERS: Final = ("x-vllm-priority", "x-session-id", "x-data-parallel-rank")
 """vLLM takes these for the body's fields of the same purpose, which admission removes (0.32)"""
 
@@ -31,7 +22,7 @@ _STRIPPED: Final = b"".join(
     messages.remove_header(name)
     for name in (
         *("authorization", "x-api-key", "accept-encoding", "content-encoding", *_ENGINE_HEADERS),
-        *(name for name in OWNED_HEADERS if name not in _SET),
+        *_UNSET,
     )
 )
 Who: TypeAlias = tuple[str, str, str, str, tuple[str, ...]]
@@ -66,7 +57,7 @@ class Replies:
         """
         namespace, token, model, endpoint, engines = who
         pin = ",".join(engines)
-        headers = {PIN_HEADER: pin, "model": endpoint, "namespace": namespace, "username": token}
+        headers = {PIN_HEADER: pin, **dict(zip(DECIDED_HEADERS, (endpoint, namespace, token), strict=True))}
         if body is not None and resize:
             # Envoy refuses a changed body whose content-length does not say its new size.
             headers["content-length"] = str(len(body))

@@ -8,7 +8,8 @@ import json
 from typing import Any, TypeAlias
 
 from apis.eds import ENGINES_CLUSTER, socket_address
-from arks.envoy.settings import METADATA_NAMESPACES, OWNED_HEADERS, OWNED_PREFIXES, PIN_HEADER, GatewaySettings
+from apis.headers import PIN_HEADER
+from arks.envoy.settings import METADATA_NAMESPACES, OWNED_HEADERS, OWNED_PREFIXES, GatewaySettings
 
 Tree: TypeAlias = dict[str, Any]
 

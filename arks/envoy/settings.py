@@ -3,12 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from apis.headers import DECIDED_HEADERS, PIN_HEADER
 from extproc.settings import BODY_LIMIT_BYTES
 
-PIN_HEADER = "x-gateway-destination-endpoint"
-"""extproc's pick for Envoy: `ip:port`, or a list of them in order of preference"""
-
-OWNED_HEADERS = (PIN_HEADER, f"{PIN_HEADER}-subset", f"{PIN_HEADER}-served", "model", "namespace", "username")
+OWNED_HEADERS = (PIN_HEADER, f"{PIN_HEADER}-subset", f"{PIN_HEADER}-served", *DECIDED_HEADERS)
 """ours to say: a client's copy is removed at the edge, before any filter reads it"""
 OWNED_PREFIXES = ("x-arks-", "x-envoy-")
 """likewise, by prefix. A client's x-envoy-* would steer retries, timeouts and statistics"""

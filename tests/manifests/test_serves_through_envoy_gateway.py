@@ -24,8 +24,8 @@ import aiohttp
 import pytest
 import yaml
 
+from apis.headers import PIN_HEADER
 from apis.resources import ArksEndpoint
-from arks.envoy.settings import PIN_HEADER
 from controller.reconcile.desired.endpoint import Backend, desired_endpoint
 from tests.harness import kubernetes
 from tests.harness.envoy_gateway import ADDRESS, EnvoyGateway, on_this_host

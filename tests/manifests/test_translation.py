@@ -8,7 +8,8 @@ import subprocess
 import pytest
 import yaml
 
-from arks.envoy.settings import METADATA_NAMESPACES, OWNED_HEADERS, OWNED_PREFIXES, PIN_HEADER, GatewaySettings
+from apis.headers import PIN_HEADER
+from arks.envoy.settings import METADATA_NAMESPACES, OWNED_HEADERS, OWNED_PREFIXES, GatewaySettings
 from tests.harness.envoy_gateway import Translation, translate
 from tests.harness.kubernetes import Object
 from tests.manifests.translation import GOLDEN, MANIFESTS, bare, decisive, judged, manager
