@@ -44,6 +44,10 @@ _ENGINE_FIELDS: Final = (
 )
 """Fields by which a client could steer an engine's inside: engines believe stale transfer parameters and dial the host
 they name, unpickle logit processors, jump queues. `*` as in file names."""
+_STATEFUL_FIELDS: Final = ("background", "conversation", "previous_response_id")
+"""The Responses API's fields that make an engine work on without a reader, whose tokens nobody would count, or speak of
+what it has stored, which it does not keep apart by tenant (vLLM 0.32 with VLLM_ENABLE_RESPONSES_API_STORE). Taking them
+away would change what is asked for, so they are refused, unless the endpoint allows them."""
 _ENGINE_NAMES: Final = frozenset(name for name in _ENGINE_FIELDS if "*" not in name)
 _ENGINE_STEMS: Final = tuple(name[:-1] for name in _ENGINE_FIELDS if "*" in name)
 
@@ -115,6 +119,10 @@ class Admission:
         if isinstance(stream, Refused):
             return stream
         endpoint = grant.endpoint
+        if api == "responses" and (name := self._plan(endpoint).stateful(fields)):
+            return refused(
+                "invalid_field", f"'{name}' is not allowed here: send the whole conversation in 'input'.", param=name
+            )
         changed, hide_usage = None, False
         if stream and api in ("chat", "completions"):
             wants = bodies.wants_usage(fields)
@@ -197,6 +205,13 @@ class _FieldPlan:
 
     def _allows(self, name: str) -> bool:
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self._allowed)
+
+    def stateful(self, fields: bodies.Fields) -> str:
+        """The first field by which a Responses request reaches beyond itself, where the endpoint does not allow it."""
+        for name in _STATEFUL_FIELDS:
+            if bytes(fields.get(name, b"null")) not in {b"null", b"false"} and not self._allows(name):
+                return name
+        return ""
 
     def touches(self, fields: bodies.Fields) -> bool:
         if self.cache_salt or not self._names.isdisjoint(fields):

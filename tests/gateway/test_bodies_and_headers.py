@@ -46,7 +46,7 @@ def the_policy(engine) -> str:
     return policy(
         endpoint(),
         endpoint("renamed", modelName="Qwen/Qwen2.5-7B"),
-        endpoint("open", allowedEngineFields=["priority", "bootstrap_*"], **own),
+        endpoint("open", allowedEngineFields=["priority", "bootstrap_*", "background"], **own),
         endpoint("salted", cacheSaltPerTenant=True, **own),
         salted_elsewhere,
         backend("engine", engine.address),
@@ -157,6 +157,22 @@ async def test_only_fields_that_the_endpoint_allows_pass(gateway, engine, sessio
         assert answer.status == 200
     told = json.loads((await arrived(engine, session))["body"])
     assert told.keys() - chat(max_tokens=2).keys() == {"priority", "bootstrap_host", "bootstrap_port", "bootstrap_room"}
+
+
+@pytest.mark.parametrize("field", [{"background": True}, {"previous_response_id": "resp_1"}, {"conversation": "c1"}])
+async def test_responses_that_reach_beyond_themselves_are_refused(gateway, engine, session, field):
+    sent = {"model": "qwen-7b", "input": "Hello", **field}
+    async with session.post(gateway.url + "/v1/responses", json=sent, headers=ALICE) as answer:
+        error = (await answer.json())["error"]
+    assert (answer.status, error["code"], error["param"]) == (400, "invalid_field", next(iter(field)))
+
+
+async def test_responses_reach_beyond_themselves_where_the_endpoint_allows_it(gateway, engine, session):
+    said = {"input": "Hello", "previous_response_id": None}
+    for sent in ({"model": "qwen-7b", "background": False, **said}, {"model": "open", "background": True, **said}):
+        async with session.post(gateway.url + "/v1/responses", json=sent, headers=ALICE) as answer:
+            assert answer.status == 200, await answer.text()
+        assert json.loads((await arrived(engine, session))["body"]) == sent
 
 
 async def test_cache_salt_is_the_tenants_own_and_never_the_clients(gateway, engine, session):
