@@ -63,7 +63,7 @@ class S3Source(Download):
     endpoint: Url | None = None
     region: str | None = None
     credentials_secret_ref: LocalObjectReference | None = None
-    """a Secret with the keys AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; the pod's own identity where absent"""
+    """a Secret: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, if temporary AWS_SESSION_TOKEN; else the pod's identity"""
     path_style: bool = False
 
 

@@ -408,6 +408,17 @@ def test_secrets_are_no_arguments():
     assert {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hf", "key": "HF_TOKEN"}}} in main["env"]
 
 
+def test_temporary_credentials_have_a_session_token_and_lasting_ones_need_none():
+    changed = load(MODEL, source={"huggingface": None, "s3": {"bucket": "b-1", "credentialsSecretRef": {"name": "s"}}})
+    main = container(desired_model(changed, environment={}).job["spec"]["template"])
+    keys = {each["name"]: each["valueFrom"]["secretKeyRef"] for each in main["env"] if "valueFrom" in each}
+    assert [name for name, key in keys.items() if not key.get("optional")] == [
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+    ]
+    assert keys["AWS_SESSION_TOKEN"] == {"name": "s", "key": "AWS_SESSION_TOKEN", "optional": True}
+
+
 def test_paths_cannot_leave_their_volume():
     assert desired_model(load(MODEL, storage={"subPath": "../other"}), environment={}).problems[0].field == (
         "spec.storage.subPath"

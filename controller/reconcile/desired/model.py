@@ -25,6 +25,8 @@ LOADER_COMMAND = ("python3", "-m", "controller.models")
 OCI_SECRET_MOUNT = "/run/secrets/arks-oci"  # noqa: S105 - a directory
 _DOWNLOADED = ("huggingface", "modelscope", "s3", "oci")
 _TOKENS = {"huggingface": "HF_TOKEN", "modelscope": "MODELSCOPE_API_TOKEN"}
+_S3_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+_S3_SESSION = "AWS_SESSION_TOKEN"  # temporary credentials have it, others do not
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +187,8 @@ def _secrets(model: ArksModel, kind: str) -> tuple[list[Object], list[Object], l
         return ([_secret_env(_TOKENS[kind], reference.name)] if reference else []), [], []
     if kind == "s3" and source.s3 is not None and source.s3.credentials_secret_ref is not None:
         name = source.s3.credentials_secret_ref.name
-        return [_secret_env(key, name) for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")], [], []
+        given = [_secret_env(key, name) for key in _S3_KEYS]
+        return [*given, _secret_env(_S3_SESSION, name, optional=True)], [], []
     if kind == "oci" and source.oci is not None and source.oci.pull_secret_ref is not None:
         items = [{"key": ".dockerconfigjson", "path": "config.json"}]
         volume = {"name": "arks-oci", "secret": {"secretName": source.oci.pull_secret_ref.name, "items": items}}
@@ -194,8 +197,11 @@ def _secrets(model: ArksModel, kind: str) -> tuple[list[Object], list[Object], l
     return [], [], []
 
 
-def _secret_env(key: str, secret: str) -> Object:
-    return {"name": key, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}}
+def _secret_env(key: str, secret: str, *, optional: bool = False) -> Object:
+    reference: Object = {"name": secret, "key": key}
+    if optional:
+        reference["optional"] = True
+    return {"name": key, "valueFrom": {"secretKeyRef": reference}}
 
 
 def _proxy_env(model: ArksModel, kind: str) -> list[Object]:
