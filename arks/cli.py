@@ -5,6 +5,7 @@ Exit status 0: done; 1: it could not be done; 2: the command line is wrong. The 
 
 import argparse
 import asyncio
+import os
 import sys
 from collections.abc import Sequence
 
@@ -21,6 +22,9 @@ ADMIN = "127.0.0.1:9110"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    # grpcio's core writes lines of its own past every logger, one for each connection that is not TLS on a TLS port.
+    # What concerns us comes as an error or a status, too. It reads this when it is imported, so nothing may do so here.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         parser = _parser()
         chosen = parser.parse_args(argv)
