@@ -8,6 +8,7 @@ uninterrupted piece of work on the event loop, which is also what makes it exact
 import fnmatch
 import hashlib
 import itertools
+import math
 import os
 import time
 from dataclasses import dataclass, replace
@@ -238,7 +239,7 @@ def _limited(refusal: Refusal) -> Refused:
     if refusal.retry_after_s is None:
         message = f"The quota for {rule.kind} tokens does not cover this request: {numbers}."
         return refused("quota_exceeded", message, headers=(("retry-after", str(QUOTA_RETRY_AFTER_S)), *headers))
-    retry_after_s = max(1, int(refusal.retry_after_s + 0.999))
+    retry_after_s = max(1, math.ceil(refusal.retry_after_s))
     message = f"Rate limit '{rule.kind}' reached: {numbers}. Try again in {retry_after_s} s."
     return refused("rate_limit_exceeded", message, headers=(("retry-after", str(retry_after_s)), *headers))
 
@@ -251,6 +252,6 @@ def standing_headers(requests: Standing | None, tokens: Standing | None) -> tupl
             headers += (
                 (f"x-ratelimit-limit-{family}", str(standing.limit)),
                 (f"x-ratelimit-remaining-{family}", str(standing.remaining)),
-                (f"x-ratelimit-reset-{family}", f"{int(standing.reset_s + 0.999)}s"),
+                (f"x-ratelimit-reset-{family}", f"{math.ceil(standing.reset_s)}s"),
             )
     return tuple(headers)

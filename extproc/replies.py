@@ -4,6 +4,7 @@ A request's reply depends on who asks and which engine was picked, and on nothin
 standing of its limits differs in a few digits only. Building these from scratch cost more than the decision itself.
 """
 
+import math
 from typing import Final, TypeAlias
 
 from apis.headers import DECIDED_HEADERS, PIN_HEADER
@@ -94,7 +95,7 @@ class Replies:
     def _family(self, family: str, standing: Standing) -> bytes:
         limit, remaining, reset_s = standing
         left = b"%d" % remaining
-        reset = b"%d" % int(reset_s + 0.999)
+        reset = b"%d" % math.ceil(reset_s)
         key = (family, limit, len(left), len(reset))
         pieces = self._standings.get(key)
         if pieces is None:
