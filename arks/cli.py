@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_extproc(commands)
     _add_controller(commands)
     _add_usage(commands)
+    _add_crds(commands)
     return parser
 
 
@@ -287,6 +288,31 @@ def _run_usage(chosen: argparse.Namespace) -> int:
             limit=chosen.limit,
         )
     )
+
+
+def _add_crds(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "crds",
+        help="print the CustomResourceDefinitions of arks.ai/v1",
+        description="Print the six kinds' CustomResourceDefinitions, as this version validates them: "
+        "arks crds | kubectl apply --server-side -f -",
+    )
+    text = "Write one file per kind into this folder instead."
+    options.add_flag(parser, "--folder", options.folder, None, text, metavar="DIR")
+    parser.set_defaults(run=_run_crds)
+
+
+def _run_crds(chosen: argparse.Namespace) -> int:
+    from apis import crds  # noqa: PLC0415 - pydantic's schemas load here, not for `arks up`
+
+    if chosen.folder is None:
+        print("---\n".join(crds.text(kind) for kind in crds.FACES), end="")
+        return 0
+    try:
+        crds.write(chosen.folder)
+    except OSError as error:
+        raise ArksError(f"--folder {chosen.folder}: {error.strerror or error}") from error
+    return 0
 
 
 def _access_log(text: str) -> str:
