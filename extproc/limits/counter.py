@@ -31,7 +31,7 @@ class Counter:
         """changed as a whole: the journal's thread reads it, too"""
         meter = Meter(((self, TOTAL),))
         meter.taken = 0
-        meter.start_s = self.start_s
+        meter.start_s = float(self.start_s)
         self.put(meter, 0)
 
     def put(self, meter: Meter, shift: int) -> None:
@@ -61,7 +61,7 @@ class Counter:
         self.start_s = start_s = int(now_s // self.window_s) * self.window_s
         self.end_s = float(start_s + self.window_s)
         meter = self.place[0]
-        meter.start_s = max(meter.start_s, start_s)
+        meter.start_s = max(meter.start_s, float(start_s))
 
     def read(self) -> tuple[int, int]:
         """(start_s, used), from the journal's thread: never a new window's start with an old window's sum."""

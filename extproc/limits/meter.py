@@ -104,7 +104,7 @@ class Meter:
             self.taken += counter.taken << shift
             self.used += counter.used << shift
             left.add(counter.place[0])
-        self.start_s = max(counter.start_s for counter, _ in self.counters)
+        self.start_s = float(max(counter.start_s for counter, _ in self.counters))
         for (counter, _), shift in zip(self.counters, shifts, strict=True):
             counter.put(self, shift)
         for meter in left:
