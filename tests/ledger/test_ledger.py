@@ -214,7 +214,7 @@ def test_log_is_folded_into_the_file_beside_the_writer(journal: Journal, ledger:
 
 def test_loop_without_rest_does_not_starve_the_writer(journal: Journal, ledger: SqliteLedger):
     """A loop that lets the interpreter go and takes it back at once, as a saturated server does."""
-    flushes = 0
+    flushes = appended = 0
     flush = journal._flush
 
     def counted() -> bool:
@@ -225,8 +225,10 @@ def test_loop_without_rest_does_not_starve_the_writer(journal: Journal, ledger: 
     journal._flush = counted
 
     async def serve() -> None:
+        nonlocal appended
         end = time.monotonic() + 2
         while time.monotonic() < end:
+            appended += 1
             ledger.append(record(f"r{time.monotonic_ns()}"))
             busy = time.monotonic() + 0.001
             while time.monotonic() < busy:
@@ -235,7 +237,7 @@ def test_loop_without_rest_does_not_starve_the_writer(journal: Journal, ledger: 
 
     uvloop.run(serve())
     assert flushes > 10
-    assert journal.status.written > 500
+    assert journal.status.written > appended // 2
 
 
 def test_a_broken_off_row_gets_its_last_word_and_keeps_it(tmp_path):
