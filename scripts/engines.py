@@ -53,7 +53,7 @@ def environment() -> Path:
 
 
 def models() -> Path:
-    """Where the models are, made or not: `chat`, `embed` and `rank`."""
+    """Where the models are, made or not: `chat`, its `adapter`, `embed` and `rank`."""
     return cache_folder() / f"tiny-models-{_digest(MAKE_MODELS)[:12]}"
 
 

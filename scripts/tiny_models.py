@@ -3,15 +3,17 @@
     tiny_models.py FOLDER
 
 writes FOLDER/chat (a two-layer Llama with a byte-level tokenizer and a chat template, room for 4 096 tokens),
-FOLDER/embed (a BERT) and FOLDER/rank (a BERT that scores pairs). Runs in the engines' environment, needs no network and
-gives the same files every time. Their words mean nothing; their token counts do.
+FOLDER/adapter (a LoRA for it), FOLDER/embed (a BERT) and FOLDER/rank (a BERT that scores pairs). Runs in the engines'
+environment, needs no network and gives the same files every time. Their words mean nothing; their token counts do.
 """
 # ruff: noqa: S106 - these tokens are pieces of text
 
+import json
 import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,
@@ -127,6 +129,29 @@ def _bias(tokenizer: PreTrainedTokenizerFast, piece: int) -> float:
     return 0.0 if text.isprintable() and "\ufffd" not in text else -5.0
 
 
+def adapter(folder: Path, rank: int = 8) -> None:
+    """Random, and strong enough that no answer is the base model's."""
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "chat",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": ["q_proj", "v_proj"],
+    }
+    weights = {}
+    for layer in range(2):
+        for module, outputs in (("q_proj", 128), ("v_proj", 64)):
+            place = f"base_model.model.model.layers.{layer}.self_attn.{module}"
+            weights[f"{place}.lora_A.weight"] = (torch.randn(rank, 128) / 4).to(torch.bfloat16)
+            weights[f"{place}.lora_B.weight"] = (torch.randn(outputs, rank) / 4).to(torch.bfloat16)
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
 def bert_config(**more: int) -> BertConfig:
     return BertConfig(
         vocab_size=512,
@@ -150,6 +175,8 @@ def main(folder: Path) -> None:
         torch.manual_seed(SEED)
         tokenizer.save_pretrained(folder / name)
         model().save_pretrained(folder / name)
+    torch.manual_seed(SEED)
+    adapter(folder / "adapter")
 
 
 if __name__ == "__main__":
