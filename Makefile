@@ -41,6 +41,7 @@ $(VENV)/.dev: $(BIN)/python requirements/dev.txt pyproject.toml
 lock: $(VENV)/.dev
 	$(BIN)/uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes --no-header pyproject.toml -o requirements/run.txt
 	$(BIN)/uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes --no-header pyproject.toml --group dev -c requirements/run.txt -o requirements/dev.txt
+	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --group build -c requirements/dev.txt -o requirements/build.txt
 
 wire: $(VENV)/.dev
 	$(BIN)/python scripts/wire.py
