@@ -91,7 +91,14 @@ FACES: Final = {
         ),
     ),
     "ArksModel": Face(
-        ("am",), (_AGE, Column("Model", ".spec.model"), _PHASE, Column("Revision", ".status.revision", priority=1))
+        ("am",),
+        (
+            _AGE,
+            Column("Model", ".spec.model"),
+            _PHASE,
+            Column("Percent", ".status.progress.percent", "integer", description="loaded so far, while it loads"),
+            Column("Revision", ".status.revision", priority=1),
+        ),
     ),
     "ArksQuota": Face(("aq",), (Column("AGE", ".metadata.creationTimestamp", "date"),)),
     "ArksToken": Face(

@@ -24,6 +24,7 @@ from controller.kube.events import Events
 from controller.kube.lease import Lease
 from controller.kube.resource import Key
 from controller.reconcile.context import Context, Weigh
+from controller.reconcile.downloads import Downloads
 from controller.reconcile.kinds import Request
 from controller.reconcile.registry import Reconciler
 from controller.reconcile.watches import Watches
@@ -94,6 +95,7 @@ class Controller:
             writer=Writer(client, self.watches),
             status=StatusWriter(client, events),
             events=events,
+            downloads=Downloads(client, self.settings.model_progress_s),
             environment=self.settings.environment,
             model_retry_s=self.settings.model_retry_s,
             **({"weigh": self._weigh} if self._weigh is not None else {}),

@@ -12,6 +12,7 @@ from typing import Final
 
 from controller.kube.credentials import SERVICE_ACCOUNT
 from controller.reconcile.context import MODEL_RETRY_S
+from controller.reconcile.downloads import PROGRESS_S
 from controller.reconcile.registry import WORKERS
 
 DEFAULT_NAMESPACE: Final = "arks-system"
@@ -51,6 +52,7 @@ class ControllerSettings:
     workers: int = WORKERS
     environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
     model_retry_s: float = MODEL_RETRY_S
+    model_progress_s: float = PROGRESS_S
     lease_s: float = 15.0
     renew_s: float = 10.0
     retry_s: float = 2.0

@@ -206,6 +206,10 @@ class ArksModelSpec(Model):
 
 
 class Progress(Model):
+    """How far a download is, while there is one."""
+
+    percent: Int32 | None = None
+    """of the bytes"""
     bytes_done: Count = 0
     bytes_total: Count | None = None
     files_done: Int32 = 0

@@ -22,7 +22,7 @@ import msgspec
 from controller.kube.credentials import Access, Credentials
 from controller.kube.errors import KubeError, MalformedError, NotLeaderError, UnreachableError, api_error, described
 from controller.kube.metrics import ClientStats
-from controller.kube.resource import Resource
+from controller.kube.resource import PODS, Resource
 
 T = TypeVar("T")
 Object = dict[str, Any]
@@ -170,6 +170,22 @@ class Client:
         resource = Resource("", "", path, "", namespaced=False)
         async with self._answer("get", "GET", resource, path, {}, None, headers or {}, self.timeout_s) as response:
             return response.status, response.headers, await response.read()
+
+    async def log(
+        self, namespace: str, pod: str, container: str, *, lines: int, limit_bytes: int, timeout_s: float
+    ) -> bytes:
+        """The last lines that a pod's container wrote, as its node has them. Raises the typed errors."""
+        params = {"container": container, "tailLines": str(lines), "limitBytes": str(limit_bytes)}
+        counted = Resource(PODS.group, PODS.version, f"{PODS.plural}/log", PODS.kind)
+        path = PODS.path(namespace, pod, "log")
+        async with (
+            self._in_flight,
+            self._answer("get", "GET", counted, path, params, None, {"Accept": "*/*"}, timeout_s) as response,
+        ):
+            try:
+                return await response.read()
+            except (aiohttp.ClientError, OSError, TimeoutError) as error:
+                raise UnreachableError(f"GET {path}: answer broke off: {_told(error)}") from error
 
     # -- writing ------------------------------------------------------------------------------------------------------
 

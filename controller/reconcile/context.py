@@ -11,6 +11,7 @@ from controller.kube.client import Client
 from controller.kube.events import Events
 from controller.reconcile.desired.endpoint import Backend
 from controller.reconcile.desired.metadata import kind_of, plain
+from controller.reconcile.downloads import Downloads
 from controller.reconcile.kinds import ARKS
 from controller.reconcile.watches import Watches
 from controller.reconcile.writing import Writer
@@ -37,6 +38,7 @@ class Context:
     writer: Writer
     status: StatusWriter
     events: Events
+    downloads: Downloads
     environment: Mapping[str, str] = field(default_factory=dict)
     weigh: Weigh = _as_they_are
     model_retry_s: float = MODEL_RETRY_S

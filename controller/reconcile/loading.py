@@ -1,22 +1,25 @@
 """How far a download is, told by its Job and the Job's pods.
 
 The loader's last word is its termination message (`controller.models.report`): the revision of what it loaded, or the
-cause of a failure and the field to look at. While it runs, the same line is the last of its log.
+cause of a failure and the field to look at. Its reason becomes the condition's. While it runs, the same line is the
+last of its log (`downloads`).
 """
 
 from __future__ import annotations
 
 import datetime as dt
 import enum
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from controller.kube.client import Client, Object
-from controller.kube.errors import KubeError
+from controller.kube.client import Object
 from controller.models.report import Report, parse_report
 
-LOG_TAIL_BYTES: Final = 8192
+LOAD_FAILED: Final = "ModelLoadFailed"
+# What a loader says lands in a condition, and an API server takes no other form of reason there.
+_REASON: Final = re.compile(r"[A-Za-z][A-Za-z0-9]{0,63}")
 # A container that waits for one of these will not go on by itself soon: worth saying.
 _STUCK: Final = frozenset(
     {"CreateContainerConfigError", "CreateContainerError", "ErrImagePull", "ImagePullBackOff", "InvalidImageName"}
@@ -33,6 +36,8 @@ class State(enum.Enum):
 class Loading:
     state: State
     message: str = ""
+    reason: str = ""
+    """of a failure"""
     revision: str = ""
     running: str = ""
     """name of the pod whose log tells the progress"""
@@ -49,17 +54,22 @@ def loading_of(job: Object, pods: Iterable[Object]) -> Loading:
         return Loading(State.LOADED, revision=revision)
     if _true(conditions, "Failed"):
         said = conditions["Failed"]
-        text = _why(reports) or _raw_words(mine) or str(said.get("message") or "Unknown failure reason")
-        return Loading(State.FAILED, text, failed_at=_time(said.get("lastTransitionTime")))
+        failed = _failure(reports)
+        text = _why(failed) or _raw_words(mine) or str(said.get("message") or "Unknown failure reason")
+        reason = failed.reason if failed is not None and _REASON.fullmatch(failed.reason) else LOAD_FAILED
+        return Loading(State.FAILED, text, reason, failed_at=_time(said.get("lastTransitionTime")))
     waiting = next((text for pod in mine if (text := _stuck(pod))), "")
     running = next((pod["metadata"]["name"] for pod in mine if pod["status"]["phase"] == "Running"), "")
     if not waiting and reports and reports[-1].state == "failed":
-        waiting = f"trying again after: {_why(reports)}"
+        waiting = f"trying again after: {_why(_failure(reports))}"
     return Loading(State.LOADING, waiting, running=running)
 
 
-def _why(reports: list[Report]) -> str:
-    failed = next((report for report in reversed(reports) if report.state == "failed"), None)
+def _failure(reports: list[Report]) -> Report | None:
+    return next((report for report in reversed(reports) if report.state == "failed"), None)
+
+
+def _why(failed: Report | None) -> str:
     if failed is None:
         return ""
     return ": ".join(part for part in (failed.field, failed.message or failed.reason) if part)
@@ -82,13 +92,21 @@ def _raw_words(pods: list[Object]) -> str:
     """Of a loader that is not ours, or that was killed: the end of what it said."""
     for pod in reversed(pods):
         for end in _ended(pod):
-            if end.get("exitCode"):
-                text = str(end.get("message") or end.get("reason") or "").strip()
-                return text[-500:] or f"the loader ended with status {end['exitCode']}"
+            if not end.get("exitCode"):
+                continue
+            if end.get("reason") == "OOMKilled":
+                return "spec.instanceSpec.resources: the loader was ended for the memory it used (OOMKilled)"
+            text = str(end.get("message") or end.get("reason") or "").strip()
+            if not text or parse_report(text) is not None:  # how far it was is not why it ended
+                return f"the loader ended with status {end['exitCode']}"
+            return text[-500:]
     return ""
 
 
 def _stuck(pod: Object) -> str:
+    for each in pod["status"]["conditions"]:
+        if each["type"] == "PodScheduled" and each["status"] == "False" and each.get("reason") == "Unschedulable":
+            return f"Unschedulable: {each.get('message', '')}".rstrip(": ")
     for each in pod["status"]["containerStatuses"]:
         waiting = each["state"].get("waiting") or {}
         if waiting.get("reason") in _STUCK:
@@ -98,13 +116,3 @@ def _stuck(pod: Object) -> str:
 
 def _time(text: object) -> dt.datetime | None:
     return dt.datetime.fromisoformat(text) if isinstance(text, str) else None
-
-
-async def progress_of(client: Client, namespace: str, pod: str) -> Report | None:
-    """The loader's latest line; None while the pod cannot be asked."""
-    path = f"/api/v1/namespaces/{namespace}/pods/{pod}/log?container=worker&tailLines=3&limitBytes={LOG_TAIL_BYTES}"
-    try:
-        _, _, text = await client.raw(path, {"Accept": "*/*"})
-    except KubeError:
-        return None
-    return parse_report(text.decode(errors="replace"))

@@ -8,7 +8,7 @@ after a while, for ever. `preload` runs one Job per chosen node, a few at a time
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -19,11 +19,12 @@ from controller.kube.resource import Key
 from controller.models.report import Report
 from controller.reconcile.context import RESYNC_S, Context, about
 from controller.reconcile.desired.metadata import owned_by
-from controller.reconcile.desired.model import DesiredModel, desired_model, job_name
+from controller.reconcile.desired.model import DesiredModel, desired_model, job_name, secret_keys
 from controller.reconcile.desired.phase import Verdict
+from controller.reconcile.downloads import fields, words
 from controller.reconcile.finalizers import release
 from controller.reconcile.kinds import ARKS
-from controller.reconcile.loading import Loading, State, loading_of, progress_of
+from controller.reconcile.loading import LOAD_FAILED, Loading, State, loading_of
 from controller.reconcile.objects import uid_of
 from controller.reconcile.watches import model_secrets
 from controller.reconcile.writing import REFUSED_AGAIN_S, Refusal
@@ -31,7 +32,6 @@ from controller.workloads.model import TEMPLATE_HASH, Deletion
 
 _RESOURCE: Final = ARKS["ArksModel"]
 CREDENTIALS_ANNOTATION: Final = "arks.ai/credentials-version"
-PROGRESS_S: Final = 10.0
 
 
 @dataclass(slots=True)
@@ -58,6 +58,7 @@ async def reconcile_model(context: Context, key: Key) -> float | None:
     entry = context.watches.models.entry(key)
     if entry is None:
         context.status.forget(_RESOURCE, *key)
+        context.downloads.forget(key)
         return None
     model = entry.value
     if model.metadata.deletion_timestamp is not None:
@@ -69,14 +70,10 @@ async def reconcile_model(context: Context, key: Key) -> float | None:
     revision = found.revision or (model.status.revision if _is_loaded(found) else "")
     if revision:
         status["revision"] = revision
-    if found.progress is not None and found.progress.files_total is not None:
-        report = found.progress
-        status["progress"] = {
-            "bytesDone": report.bytes_done,
-            "filesDone": report.files_done,
-            "filesTotal": report.files_total,
-            **({"bytesTotal": report.bytes_total} if report.bytes_total is not None else {}),
-        }
+    if found.progress is None:
+        context.downloads.forget(key)
+    elif progress := fields(found.progress):
+        status["progress"] = progress
     if found.nodes:
         status["preloadedNodes"] = found.nodes
     await context.status.write(told, _verdicts(found), status)
@@ -112,6 +109,7 @@ class _Model:
     def __init__(self, context: Context, model: ArksModel, status: Mapping[str, Any]) -> None:
         self._context, self._model, self._status = context, model, status
         self._namespace = model.metadata.namespace
+        self._key = Key(model.metadata.namespace, model.metadata.name)
         self._claimed_at = ""  # when the present claim was made
         self._found = _Pass()
 
@@ -179,9 +177,14 @@ class _Model:
         if not watches.secrets_known:
             return None
         for path, reference in model_secrets(self._model):
-            if Key(self._namespace, reference.name) not in watches.secrets:
+            secret = watches.secrets.get(Key(self._namespace, reference.name))
+            if secret is None:
                 text = f"there is no Secret {reference.name} in this namespace"
                 return Problem("SecretNotFound", path, text)
+            missing = [key for key in secret_keys(self._model) if key not in secret.digests]
+            if missing:
+                text = f"the Secret {reference.name} has no key {' and no key '.join(missing)}"
+                return Problem("SecretKeyNotFound", path, text)
         return None
 
     # -- one download -------------------------------------------------------------------------------------------------
@@ -199,17 +202,25 @@ class _Model:
             found.fail("CreateWorkerPodFailed", f"spec: the API server refused {loading}")
             found.again_s = REFUSED_AGAIN_S
         elif loading is None or loading.state is State.LOADING:
-            text = (loading.message if loading else "") or "The model is being loaded"
-            found.loaded = Verdict("ModelLoaded", "False", "ModelLoading", text)
-            if loading is not None and loading.running:
-                found.progress = await progress_of(self._context.client, self._namespace, loading.running)
-                found.again_s = PROGRESS_S
+            await self._ask([loading] if loading is not None else [])
+            text = (loading.message if loading else "") or (words(found.progress) if found.progress else "")
+            found.loaded = Verdict("ModelLoaded", "False", "ModelLoading", text or "The model is being loaded")
         elif loading.state is State.LOADED:
             found.revision = loading.revision
             found.loaded = Verdict("ModelLoaded", "True", "ModelLoadSucceeded", "The model is loaded")
         else:
-            found.fail("ModelLoadFailed", loading.message)
+            found.fail(loading.reason, loading.message)
             found.again_s = min(found.again_s, self._retry_in_s(loading) + 1.0)
+
+    async def _ask(self, loading: Sequence[Loading]) -> None:
+        """How far downloads are that are under way."""
+        if not loading:
+            return
+        found, downloads = self._found, self._context.downloads
+        pods = [each.running for each in loading if each.running]
+        found.progress = await downloads.progress(self._key, pods)
+        if pods:
+            found.again_s = min(found.again_s, downloads.due_s(self._key))
 
     async def _job_step(self, wanted: Object, *, remembered: bool) -> Loading | Refusal | None:
         """Bring one Job on; None while there is none to ask. `remembered`: what it would load is there already."""
@@ -289,7 +300,8 @@ class _Model:
             return
         room = self._parallel(len(nodes)) - self._running()
         filled = set(self._status.get("preloadedNodes") or ()) if self._same_request() else set()
-        failed: list[str] = []
+        failed: list[tuple[str, str]] = []
+        running: list[Loading] = []
         for node in nodes:
             desired = self._desired(claim_exists=True, node=node)
             assert desired.job is not None
@@ -298,30 +310,39 @@ class _Model:
             if not there and not remembered and room <= 0:
                 continue
             loading = await self._job_step(desired.job, remembered=remembered)
-            if isinstance(loading, Loading) and loading.state is State.LOADED:
+            if isinstance(loading, Refusal):
+                failed.append(("CreateWorkerPodFailed", f"{node}: {loading}"))
+            elif loading is not None and loading.state is State.LOADED:
                 found.nodes.append(node)
                 found.revision = loading.revision or found.revision
-            elif isinstance(loading, Refusal) or (loading is not None and loading.state is State.FAILED):
-                text = str(loading) if isinstance(loading, Refusal) else loading.message
-                failed.append(f"{node}: {text}")
-                found.again_s = REFUSED_AGAIN_S
-            elif not there:
-                room -= 1
+            elif loading is not None and loading.state is State.FAILED:
+                failed.append((loading.reason, f"{node}: {loading.message}"))
+            else:
+                room -= 0 if there else 1
+                running += [loading] if loading is not None else []
+        if failed:
+            found.again_s = REFUSED_AGAIN_S
         found.nodes.sort()
+        await self._ask(running)
         self._tell_nodes(len(nodes), failed)
 
     def _running(self) -> int:
         jobs = self._context.watches.jobs.by("owner", self._model.metadata.uid)
         return sum(loading_of(job, ()).state is State.LOADING for job in jobs)
 
-    def _tell_nodes(self, wanted: int, failed: list[str]) -> None:
+    def _tell_nodes(self, wanted: int, failed: list[tuple[str, str]]) -> None:
+        """`failed`: reason and words for each node."""
         found = self._found
         text = f"{len(found.nodes)} of {wanted} nodes have the model"
         if failed:
-            found.fail("ModelLoadFailed", f"{text}; failed on {'; '.join(failed)}")
+            reasons = {reason for reason, _ in failed}
+            told = "; ".join(text_of_one for _, text_of_one in failed)
+            found.fail(reasons.pop() if len(reasons) == 1 else LOAD_FAILED, f"{text}; failed on {told}")
         elif len(found.nodes) == wanted:
             found.loaded = Verdict("ModelLoaded", "True", "ModelLoadSucceeded", text)
         else:
+            if found.progress is not None:
+                text = f"{text}; {words(found.progress)}"
             found.loaded = Verdict("ModelLoaded", "False", "ModelLoading", text)
 
     def _nodes(self) -> list[str]:

@@ -27,6 +27,7 @@ _DOWNLOADED = ("huggingface", "modelscope", "s3", "oci")
 _TOKENS = {"huggingface": "HF_TOKEN", "modelscope": "MODELSCOPE_API_TOKEN"}
 _S3_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 _S3_SESSION = "AWS_SESSION_TOKEN"  # temporary credentials have it, others do not
+_OCI_KEY = ".dockerconfigjson"
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,11 +191,17 @@ def _secrets(model: ArksModel, kind: str) -> tuple[list[Object], list[Object], l
         given = [_secret_env(key, name) for key in _S3_KEYS]
         return [*given, _secret_env(_S3_SESSION, name, optional=True)], [], []
     if kind == "oci" and source.oci is not None and source.oci.pull_secret_ref is not None:
-        items = [{"key": ".dockerconfigjson", "path": "config.json"}]
+        items = [{"key": _OCI_KEY, "path": "config.json"}]
         volume = {"name": "arks-oci", "secret": {"secretName": source.oci.pull_secret_ref.name, "items": items}}
         mount = {"name": "arks-oci", "mountPath": OCI_SECRET_MOUNT, "readOnly": True}
         return [{"name": "DOCKER_CONFIG", "value": OCI_SECRET_MOUNT}], [volume], [mount]
     return [], [], []
+
+
+def secret_keys(model: ArksModel) -> tuple[str, ...]:
+    """Keys that the source's Secret must have, if it names one: a pod that lacks one of them never starts."""
+    kind = source_kind(model)
+    return {"s3": _S3_KEYS, "oci": (_OCI_KEY,)}.get(kind) or ((_TOKENS[kind],) if kind in _TOKENS else ())
 
 
 def _secret_env(key: str, secret: str, *, optional: bool = False) -> Object:
