@@ -1,4 +1,4 @@
-"""What a cluster's nodes and other controllers would do, small enough to be read, in one namespace.
+"""What a cluster's nodes and other controllers would do, small enough to be read, in one namespace ("": in all).
 
 A kubelet: pods become ready and get an address; a download's pod succeeds; deleted claims go. The controllers of
 LeaderWorkerSet and RoleBasedGroup: their objects get pods, labelled as theirs are, and a status; a changed template
@@ -10,6 +10,10 @@ async with Actor(api, namespace) as actor:
     actor.loader = "succeed" | "fail" | "hold"
     actor.message = "..."                 termination message of a download's pod
     actor.gateways = False                no answers to routes
+
+With a `Kubelet`, pods are no longer ready because we say so: they run, and leave as they do on a node.
+
+with in_a_thread(actor):                  it acts whatever the caller's thread is doing; after a change `actor.wake()`
 """
 
 from __future__ import annotations
@@ -19,15 +23,17 @@ import contextlib
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, Self
 
 from controller.kube.client import Client, decoder
 from controller.kube.credentials import from_kubeconfig
-from controller.kube.errors import KubeError, NotFoundError
+from controller.kube.errors import AlreadyExistsError, KubeError, NotFoundError
 from controller.kube.reflector import Reflector
 from controller.kube.resource import PERSISTENT_VOLUME_CLAIMS, PODS, Key, Resource
 from controller.kube.store import Store
+from tests.harness.kubelet import Kubelet
 from tests.harness.kubernetes import KubeApi, Object
 
 LWS = Resource("leaderworkerset.x-k8s.io", "v1", "leaderworkersets", "LeaderWorkerSet")
@@ -40,14 +46,25 @@ EPOCH = "2026-01-01T00:00:00Z"
 
 
 class Actor:
-    def __init__(self, api: KubeApi, namespace: str, *, kinds: Iterable[Resource] = (LWS, RBG, ROUTES)) -> None:
+    def __init__(
+        self,
+        api: KubeApi,
+        namespace: str,
+        *,
+        kinds: Iterable[Resource] = (LWS, RBG, ROUTES),
+        kubelet: Kubelet | None = None,
+    ) -> None:
         self.serving: Callable[[Object], bool] = lambda _pod: True
         self.loader: Literal["succeed", "fail", "hold"] = "succeed"
         self.message = ""
         self.gateways = True
         self._client = Client(from_kubeconfig(str(api.kubeconfig())), field_manager="actor")
         self._namespace = namespace
+        self._node = kubelet
+        # What runs on a node leaves in its own time; what we only pretend is gone at once.
+        self._grace_s = 0 if kubelet is None else None
         self._changed = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop
         self._passes = 0
         self._addresses = itertools.count(1)
         self._stores: dict[str, Store[Object]] = {}
@@ -65,6 +82,7 @@ class Actor:
         return reflector
 
     async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
         await self._client.__aenter__()
         self._tasks = [asyncio.create_task(reflector.run()) for reflector in self._reflectors]
         for reflector in self._reflectors:
@@ -76,6 +94,8 @@ class Actor:
         for task in self._tasks:
             task.cancel()
         ends = await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._node is not None:
+            await self._node.close()
         await self._client.__aexit__()
         await asyncio.sleep(0.05)  # TLS connections of broken-off watches say good-bye
         for end in ends:
@@ -88,6 +108,10 @@ class Actor:
         self._changed.set()
         while self._passes <= seen:  # noqa: ASYNC110 - tests only, and short
             await asyncio.sleep(0.01)
+
+    def wake(self) -> None:
+        """As `again`, from any thread and without waiting."""
+        self._loop.call_soon_threadsafe(self._changed.set)
 
     async def _run(self) -> None:
         while True:
@@ -107,8 +131,13 @@ class Actor:
             await self._group(item)
         await self._claims()
         await self._orphans()
+        if self._node is not None:
+            self._node.see([pod for pod in self._stores["Pod"].values() if not _is_loader(pod)])
         for pod in self._items("Pod"):
-            await self._kubelet(pod)
+            if _is_loader(pod):
+                await self._loader(pod)
+            elif self._node is None:
+                await self._kubelet(pod)
         if self.gateways:
             for route in self._items("HTTPRoute"):
                 await self._gateway(route)
@@ -119,17 +148,16 @@ class Actor:
 
     # -- kubelet ------------------------------------------------------------------------------------------------------
 
-    async def _kubelet(self, pod: Object) -> None:
-        labels = pod["metadata"].get("labels") or {}
-        status = pod.get("status") or {}
-        if JOB_LABEL in labels:
-            if status.get("phase") in {"Succeeded", "Failed"} or self.loader == "hold":
-                return
-            code = 0 if self.loader == "succeed" else 3
-            ended = {"exitCode": code, "message": self.message, "finishedAt": EPOCH, "startedAt": EPOCH}
-            phase = "Succeeded" if code == 0 else "Failed"
-            await self._pod_status(pod, {"phase": phase, "containerStatuses": [_container(pod, terminated=ended)]})
+    async def _loader(self, pod: Object) -> None:
+        if (pod.get("status") or {}).get("phase") in {"Succeeded", "Failed"} or self.loader == "hold":
             return
+        code = 0 if self.loader == "succeed" else 3
+        ended = {"exitCode": code, "message": self.message, "finishedAt": EPOCH, "startedAt": EPOCH}
+        phase = "Succeeded" if code == 0 else "Failed"
+        await self._pod_status(pod, {"phase": phase, "containerStatuses": [_container(pod, terminated=ended)]})
+
+    async def _kubelet(self, pod: Object) -> None:
+        status = pod.get("status") or {}
         ready = self.serving(pod)
         was = any(each["type"] == "Ready" and each["status"] == "True" for each in status.get("conditions") or ())
         if status.get("phase") == "Running" and was == ready:
@@ -141,9 +169,9 @@ class Actor:
         await self._pod_status(pod, {**new, "conditions": [condition], "containerStatuses": [running]})
 
     async def _pod_status(self, pod: Object, status: Object) -> None:
-        name = pod["metadata"]["name"]
+        meta = pod["metadata"]
         with contextlib.suppress(NotFoundError):
-            await self._client.patch(PODS, name, self._namespace, {"status": status}, subresource="status")
+            await self._client.patch(PODS, meta["name"], meta["namespace"], {"status": status}, subresource="status")
 
     # -- controllers of workloads -------------------------------------------------------------------------------------
 
@@ -175,7 +203,8 @@ class Actor:
             for replica in range(role.get("replicas", 1)):
                 for index in range(pattern["size"] if pattern else 1):
                     pod = f"{name}-{role['name']}-{replica}" + (f"-{index}" if index else "")
-                    patches = [pattern["leaderTemplatePatch"]] if pattern and index == 0 else []
+                    patch = "workerTemplatePatch" if index else "leaderTemplatePatch"
+                    patches = [pattern[patch]] if pattern else []
                     marks = {"rbg.workloads.x-k8s.io/group-name": name}
                     if pattern:
                         marks[INDEX_LABEL] = str(index)
@@ -192,11 +221,16 @@ class Actor:
                 continue
             goal = wanted.pop(name, None)
             if goal is None or _revision(goal) != _revision(pod):
-                with contextlib.suppress(NotFoundError):
-                    await self._client.delete(PODS, name, self._namespace, grace_s=0)
+                await self._remove(pod)
                 self._changed.set()
         for goal in wanted.values():
-            await self._client.create(PODS, goal)
+            with contextlib.suppress(AlreadyExistsError):  # its predecessor still leaves; its end brings us here again
+                await self._client.create(PODS, goal)
+
+    async def _remove(self, pod: Object) -> None:
+        meta = pod["metadata"]
+        with contextlib.suppress(NotFoundError):
+            await self._client.delete(PODS, meta["name"], meta["namespace"], grace_s=self._grace_s)
 
     async def _claims(self) -> None:
         """A deleted claim waits until nobody uses it: here nobody does."""
@@ -205,7 +239,7 @@ class Actor:
             if meta.get("deletionTimestamp") and meta.get("finalizers"):
                 with contextlib.suppress(NotFoundError):
                     patch = {"metadata": {"finalizers": None}}
-                    await self._client.patch(PERSISTENT_VOLUME_CLAIMS, meta["name"], self._namespace, patch)
+                    await self._client.patch(PERSISTENT_VOLUME_CLAIMS, meta["name"], meta["namespace"], patch)
 
     async def _orphans(self) -> None:
         """Pods of an object that went. The real collector learns of a new kind once in 30 s only."""
@@ -215,15 +249,15 @@ class Actor:
         for pod in self._items("Pod"):
             owners = pod["metadata"].get("ownerReferences") or ()
             if any(each["kind"] in {LWS.kind, RBG.kind} and each["uid"] not in there for each in owners):
-                with contextlib.suppress(NotFoundError):
-                    await self._client.delete(PODS, pod["metadata"]["name"], self._namespace, grace_s=0)
+                await self._remove(pod)
 
     async def _status(self, resource: Resource, item: Object, status: Object) -> None:
         if (item.get("status") or {}) | status == (item.get("status") or {}):
             return
+        meta = item["metadata"]
         with contextlib.suppress(NotFoundError):
             await self._client.patch(
-                resource, item["metadata"]["name"], self._namespace, {"status": status}, subresource="status"
+                resource, meta["name"], meta["namespace"], {"status": status}, subresource="status"
             )
 
     # -- gateway ------------------------------------------------------------------------------------------------------
@@ -256,8 +290,6 @@ def _pod(owner: Object, name: str, templates: list[Object], marks: dict[str, str
     for template in templates:
         labels |= template.get("metadata", {}).get("labels") or {}
         annotations |= template.get("metadata", {}).get("annotations") or {}
-    # The test pods' one container is enough of a pod; what runs in it is another test's subject.
-    main = templates[0]["spec"]["containers"][0]
     meta = owner["metadata"]
     reference = {"apiVersion": owner["apiVersion"], "kind": owner["kind"], "name": meta["name"], "uid": meta["uid"]}
     return {
@@ -270,8 +302,23 @@ def _pod(owner: Object, name: str, templates: list[Object], marks: dict[str, str
             "annotations": annotations,
             "ownerReferences": [{**reference, "controller": True}],
         },
-        "spec": {"containers": [{"name": main["name"], "image": main["image"]}]},
+        "spec": _merged([template["spec"] for template in templates]),
     }
+
+
+def _merged(specs: list[Object]) -> Object:
+    """A strategic merge, as far as our templates need it: containers by name, in them whole fields."""
+    merged: Object = {}
+    containers: dict[str, Object] = {}
+    for spec in specs:
+        merged |= spec
+        for each in spec.get("containers", ()):
+            containers[each["name"]] = containers.get(each["name"], {}) | each
+    return {**merged, "containers": list(containers.values())}
+
+
+def _is_loader(pod: Object) -> bool:
+    return JOB_LABEL in (pod["metadata"].get("labels") or {})
 
 
 def _container(pod: Object, *, ready: bool = False, **state: Object) -> Object:
@@ -297,3 +344,20 @@ def _revision(pod: Object | None) -> str:
 
 def _digest(tree: Any) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:10]
+
+
+@contextlib.contextmanager
+def in_a_thread(actor: Actor) -> Iterator[Actor]:
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="actor")
+    thread.start()
+    try:
+        asyncio.run_coroutine_threadsafe(actor.__aenter__(), loop).result(60)
+        try:
+            yield actor
+        finally:
+            asyncio.run_coroutine_threadsafe(actor.__aexit__(), loop).result(60)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()

@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -36,7 +36,7 @@ KUSTOMIZE_VERSION = "5.8.1"
 HELM_VERSION = "3.21.4"
 ENVOY_VERSION = "1.40.0"
 ADDRESS = "10.254.0.1"
-"""of the room that Envoy Gateway runs in: the address of its Envoy and of every program that plays a pod"""
+"""of the room that Envoy Gateway runs in: that of its Envoy; programs that play pods may have others beside it"""
 NAMESPACE = "envoy-gateway-system"
 READY_TIMEOUT_S = 60.0
 
@@ -82,7 +82,14 @@ _CRDS = {
 
 
 def envoy_gateway() -> Path:
-    return _built("envoy-gateway", ENVOY_GATEWAY_VERSION, "github.com/envoyproxy/gateway/cmd/envoy-gateway")
+    """With its own health and metrics on loopback: at every address, they hold the ports of pods beside it."""
+    addresses = {
+        "sigs.k8s.io/controller-runtime/pkg/metrics/server.DefaultBindAddress": "127.0.0.1:8080",
+        "github.com/envoyproxy/gateway/internal/provider/kubernetes.healthProbeBindAddress": "127.0.0.1:8081",
+    }
+    stamp = " ".join(f"-X {name}={address}" for name, address in addresses.items())
+    package = "github.com/envoyproxy/gateway/cmd/envoy-gateway"
+    return go_binary("envoy-gateway", f"{ENVOY_GATEWAY_VERSION}-loopback", package, module="gateway", ldflags=stamp)
 
 
 def egctl() -> Path:
@@ -234,14 +241,17 @@ class EnvoyGateway:
             path = gateway.entrance(80)       unix socket to the Envoy's listener of that port
 
     The EnvoyProxy must say `provider: {type: Host, host: {envoyVersion: "1.40.0"}}` (`on_this_host` changes one so).
-    With `deploys` there is no Envoy: it makes Deployment and Service of one on `api`, as in a cluster.
+    With `deploys` there is no Envoy: it makes Deployment and Service of one on `api`, as in a cluster. `folders` are
+    the room's, by the path inside.
     """
 
-    def __init__(self, api: KubeApi, folder: Path, *, deploys: bool = False) -> None:
+    def __init__(
+        self, api: KubeApi, folder: Path, *, deploys: bool = False, folders: Mapping[str, Path] | None = None
+    ) -> None:
         self.api, self.folder, self._deploys = api, folder, deploys
         self.log = folder / "envoy-gateway.log"
         self._certificates = folder / "certificates"
-        self.room = NetworkRoom(folder / "room", ADDRESS, {"/certs": self._certificates})
+        self.room = NetworkRoom(folder / "room", ADDRESS, {**(folders or {}), "/certs": self._certificates})
         self._process: Resident | None = None
 
     def __enter__(self) -> Self:

@@ -7,9 +7,10 @@
         path = room.reach_unix("/run/x.sock")    nothing to do: unix sockets are files, and files are shared
 
 The room is a process in a user, network and mount namespace that it makes itself, so no rights are needed where the
-kernel lets users make them; `NoRoomError` where it does not. Inside there is loopback with one more address, and the
-machine's files with `folders` added at paths that the machine need not have. Bytes cross the border through unix
-sockets. All that ran inside ends with it: it is the first process of a PID namespace too.
+kernel lets users make them; `NoRoomError` where it does not. Inside there is loopback with all of the /24 that holds
+`address`, and the machine's files with `folders` added at paths that the machine need not have. Bytes cross the border
+through unix sockets. All that ran inside ends with it: it is the first process of a PID namespace too. Any thread may
+call.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from fcntl import ioctl
@@ -71,6 +73,7 @@ class NetworkRoom:
         self.folder, self.address, self._folders = folder, address, dict(folders or {})
         self._process: subprocess.Popen[str] | None = None
         self._sockets = 0
+        self._one_asks = threading.Lock()
         self._outside: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Self:
@@ -142,10 +145,11 @@ class NetworkRoom:
         assert self._process is not None
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-        line = self._process.stdout.readline()
+        with self._one_asks:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.write(json.dumps(request) + "\n")
+                self._process.stdin.flush()
+            line = self._process.stdout.readline()
         if not line:
             raise NoRoomError("the room's process ended")
         answer: dict[str, Any] = json.loads(line)
@@ -185,23 +189,31 @@ def _mount(source: str, target: str, kind: str | None = None, flags: int = _MS_B
 def _build_root(root: Path, folders: Mapping[str, str]) -> None:
     """Everything that / holds, and `folders`; then make it our root."""
     _mount("none", "/", flags=_MS_REC | _MS_PRIVATE)
-    root.mkdir(parents=True, exist_ok=True)
-    for entry in Path("/").iterdir():
-        place = root / entry.name
-        if f"/{entry.name}" in folders:
-            continue
-        if entry.is_symlink():
-            place.symlink_to(entry.readlink())
-        elif entry.is_dir():
-            place.mkdir(exist_ok=True)
-            _mount(str(entry), str(place))
-    for where, what in folders.items():
-        place = root / where.lstrip("/")
-        place.mkdir(parents=True, exist_ok=True)
-        _mount(what, str(place))
+    _furnish(Path("/"), root, {Path(where).resolve(): what for where, what in folders.items()})
     here = Path.cwd()
     os.chroot(root)
     os.chdir(here)
+
+
+def _furnish(source: Path, place: Path, folders: Mapping[Path, str]) -> None:
+    """The folders and links that `source` holds, if it is there, and `folders` in their places below it."""
+    place.mkdir(parents=True, exist_ok=True)
+    opened = {source / where.relative_to(source).parts[0] for where in folders}
+    for entry in source.iterdir() if source.is_dir() else ():
+        if entry in opened:
+            continue
+        if entry.is_symlink():
+            (place / entry.name).symlink_to(entry.readlink())
+        elif entry.is_dir():
+            (place / entry.name).mkdir(exist_ok=True)
+            _mount(str(entry), str(place / entry.name))
+    for entry in opened:
+        if entry in folders:
+            (place / entry.name).mkdir(exist_ok=True)
+            _mount(folders[entry], str(place / entry.name))
+        else:
+            below = {where: what for where, what in folders.items() if where.is_relative_to(entry)}
+            _furnish(entry, place / entry.name, below)
 
 
 def _build_network(address: str) -> None:
@@ -212,7 +224,7 @@ def _build_network(address: str) -> None:
 
         ioctl(control, _SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", _IFF_UP))
         ioctl(control, _SIOCSIFADDR, of("lo:1", address))
-        ioctl(control, _SIOCSIFNETMASK, of("lo:1", "255.255.255.255"))
+        ioctl(control, _SIOCSIFNETMASK, of("lo:1", "255.255.255.0"))
     # Ports below 1024 too, whoever we are.
     Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").write_text("0")
 
