@@ -23,8 +23,10 @@ Fixtures (in `tests/harness/plugin.py`, loaded for every test by `tests/conftest
     create_namespace(), remove_namespace(name)
     stop(), start(), restart()           etcd keeps its data; `start(token_overrides)` rotates tokens
     freeze(), thaw()                     SIGSTOP and SIGCONT of the API server
+    freeze_etcd(), thaw_etcd()           the same of etcd: the API server lives, and answers nothing that needs it
     compact()                            etcd forgets history: a watch from an old resourceVersion gets 410
     flags                                extra API server flags, used by the next start
+    audit                                with `KubeApi(audit=True)`: every write that the server saw (`audit.py`)
 
 What is not there: kubelet and scheduler, so no pod gets a node, runs or becomes ready; and without `controllers`, the
 controller manager: no Deployment makes pods, no owner reference is collected. Tests act for them (`set_status`).
@@ -53,6 +55,7 @@ from typing import Any, Self
 
 import yaml
 
+from tests.harness.audit import AuditLog
 from tests.harness.go_build import go_binary
 
 KUBERNETES_VERSION = "1.36.3"
@@ -111,10 +114,18 @@ class KubeApi:
     """One etcd and one API server with a state folder of their own. `start`, then `close`; also a context manager."""
 
     def __init__(
-        self, flags: Iterable[str] = (), etcd_flags: Iterable[str] = (), controllers: Iterable[str] = ()
+        self,
+        flags: Iterable[str] = (),
+        etcd_flags: Iterable[str] = (),
+        controllers: Iterable[str] = (),
+        *,
+        audit: bool = False,
     ) -> None:
         self.flags, self.etcd_flags, self.controllers = list(flags), list(etcd_flags), list(controllers)
         self.folder = Path(tempfile.mkdtemp(prefix="arks-kube-"))
+        self.audit = AuditLog(self.folder)
+        if audit:
+            self.flags += self.audit.flags()
         self.log_file = self.folder / "apiserver.log"
         self.ca_file = self.folder / "ca.crt"
         self.client_cert, self.client_key = self.folder / "client.crt", self.folder / "client.key"
@@ -180,6 +191,7 @@ class KubeApi:
 
     def close(self) -> None:
         """End both and remove their state; harmless when done twice."""
+        self.thaw_etcd()
         self.thaw()
         self._end(self._controllers, signal.SIGKILL)
         self._end(self._server, signal.SIGKILL)
@@ -200,6 +212,15 @@ class KubeApi:
         if self._server is not None and self._server.poll() is None:
             self._server.send_signal(signal.SIGCONT)
 
+    def freeze_etcd(self) -> None:
+        """The API server goes on, but nothing can be read from or written to its storage."""
+        if self._etcd is not None:
+            self._etcd.send_signal(signal.SIGSTOP)
+
+    def thaw_etcd(self) -> None:
+        if self._etcd is not None and self._etcd.poll() is None:
+            self._etcd.send_signal(signal.SIGCONT)
+
     def compact(self) -> None:
         """etcd forgets everything but the present state."""
         head = self._etcd_call("/v3/kv/range", {"key": base64.b64encode(b"k").decode()})["header"]["revision"]
@@ -218,6 +239,10 @@ class KubeApi:
 
     def token(self, user: str = "admin") -> str:
         return self._tokens[user]
+
+    def user_name(self, user: str) -> str:
+        """The user's name in Kubernetes: in bindings and in the audit log."""
+        return CONTROLLER_USER if user == "controller" else user
 
     def service_account_token(self, namespace: str, name: str, seconds: int = 3600) -> str:
         """A bound token of an existing ServiceAccount, as a pod would have it."""
@@ -396,11 +421,11 @@ class KubeApi:
         return http.client.HTTPSConnection("127.0.0.1", self.port, timeout=30, context=self._tls)
 
     def _write_tokens(self) -> None:
-        names = {"admin": ("admin", "system:masters"), "controller": (CONTROLLER_USER, _ACCOUNT_GROUPS)}
-        rows = []
-        for user, token in self._tokens.items():
-            name, groups = names.get(user, (user, ""))
-            rows.append(f'{token},{name},uid-{user},"{groups}"\n')
+        groups = {"admin": "system:masters", "controller": _ACCOUNT_GROUPS}
+        rows = [
+            f'{token},{self.user_name(user)},uid-{user},"{groups.get(user, "")}"\n'
+            for user, token in self._tokens.items()
+        ]
         (self.folder / "tokens.csv").write_text("".join(rows))
 
     def _etcd_command(self, etcd: Path) -> list[str]:
