@@ -108,7 +108,7 @@ class Controller:
 
 async def run(settings: ControllerSettings, credentials: Credentials | None = None) -> int:
     """Run until SIGTERM or SIGINT."""
-    client = Client(credentials or detect(settings.kubeconfig, settings.context))
+    client = Client(credentials or detect(settings.kubeconfig, settings.context), silence_s=settings.watch_silence_s)
     controller = Controller(client, settings)
     async with (
         client,

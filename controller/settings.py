@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from controller.kube.client import SILENCE_S
 from controller.kube.credentials import SERVICE_ACCOUNT
 from controller.reconcile.context import MODEL_RETRY_S
 from controller.reconcile.downloads import PROGRESS_S
@@ -57,3 +58,4 @@ class ControllerSettings:
     renew_s: float = 10.0
     retry_s: float = 2.0
     discovery_s: float = 10.0
+    watch_silence_s: float = SILENCE_S

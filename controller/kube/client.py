@@ -32,6 +32,7 @@ Fence = Callable[[], float]  # seconds that the lease still holds; raises NotLea
 FIELD_MANAGER = "arks-controller"
 TIMEOUT_S = 30.0
 CONNECT_TIMEOUT_S = 5.0
+SILENCE_S = 75.0  # of a watch; the server says something once a minute
 PAGE = 500
 CALLS_IN_FLIGHT = 32
 WRITE_VERBS = frozenset({"create", "update", "patch", "delete", "deletecollection"})
@@ -78,9 +79,14 @@ class Client:
     """Calls on one API server. Cheap views of it (`fenced`) share its session and counters."""
 
     def __init__(
-        self, credentials: Credentials, *, field_manager: str = FIELD_MANAGER, timeout_s: float = TIMEOUT_S
+        self,
+        credentials: Credentials,
+        *,
+        field_manager: str = FIELD_MANAGER,
+        timeout_s: float = TIMEOUT_S,
+        silence_s: float = SILENCE_S,
     ) -> None:
-        self.field_manager, self.timeout_s = field_manager, timeout_s
+        self.field_manager, self.timeout_s, self.silence_s = field_manager, timeout_s, silence_s
         self.stats = ClientStats()
         self._credentials = credentials
         self._in_flight = asyncio.Semaphore(CALLS_IN_FLIGHT)

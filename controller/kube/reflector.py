@@ -47,7 +47,6 @@ T = TypeVar("T")
 OnChange = Callable[[Key, T | None, T | None], None]  # key, new, old; either may be None
 OnMalformed = Callable[[Key, str], None]  # key, what is wrong with it (no values of the object)
 
-INACTIVITY_S = 75.0
 BACKOFF_FIRST_S = 0.2
 BACKOFF_MAX_S = 5.0
 ABSENT_AFTER_S = 30.0
@@ -116,7 +115,7 @@ class Reflector(Generic[T]):
         keep_last_good: bool = True,
         streaming: bool = True,
         page: int = PAGE,
-        inactivity_s: float = INACTIVITY_S,
+        inactivity_s: float | None = None,
         backoff_max_s: float = BACKOFF_MAX_S,
         absent_after_s: float = ABSENT_AFTER_S,
         clock: Callable[[], float] = time.monotonic,
@@ -131,7 +130,8 @@ class Reflector(Generic[T]):
         self._params = selectors(label_selector, field_selector)
         self._on_change, self._on_malformed, self._keep_last_good = on_change, on_malformed, keep_last_good
         self._streaming, self._page = streaming, page
-        self._inactivity_s, self._backoff_max_s, self._absent_after_s = inactivity_s, backoff_max_s, absent_after_s
+        self._inactivity_s = client.silence_s if inactivity_s is None else inactivity_s
+        self._backoff_max_s, self._absent_after_s = backoff_max_s, absent_after_s
         self._clock = clock
         self._heard_at = clock()
         self._failing_since: float | None = None
