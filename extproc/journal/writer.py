@@ -7,6 +7,8 @@ Every SQLite call gives up the interpreter lock and must win it back from a busy
 calls with many rows each: chunks of a few dozen sizes, so that each is prepared once, the last one filled up by
 repeating its last row. That is harmless: every write is idempotent.
 
+A file that somebody takes away meanwhile is put back, with all that it held: see `vigil`.
+
 Failure: what could not be written stays with its source and is tried again with backoff, for ever. `refusing` turns
 true under the `refuse` policy after `grace_s` of failure, or when more than `max_queued` entries wait; under `serve`
 the sources shed what they may. A writer that hangs inside the disk is noticed by `check`, called from the loop.
@@ -27,11 +29,14 @@ from extproc.journal import file
 from extproc.journal.checkpoint import Checkpointer
 from extproc.journal.model import JournalSettings, JournalStatus, Row, Source, Statement
 from extproc.journal.retention import Retention
+from extproc.journal.vigil import Vigil
 
 CHUNK_ROWS = 1024
 """times the widest table's 20 columns stays below SQLite's 32 766 variables"""
 BATCH_ROWS = 16_384
 """in one transaction from one source: a backlog is worked off in pieces that each take well below a second"""
+LOOK_S = 1.0
+"""how long a loss of the file may go unseen while there is nothing to write"""
 STALL_S = 5.0
 """one transaction may take as long on a disk that is busy with others"""
 SWITCH_INTERVAL_S = 50e-6
@@ -55,10 +60,12 @@ class Journal:
         self.refusing = False
         self._lock_file = file.lock(state_dir)
         try:
-            self._db = file.open_database(self.path)
+            self._db = file.open_database(self.path, was_there=file.was_made(self._lock_file))
         except BaseException:
             self._lock_file.close()
             raise
+        file.mark_made(self._lock_file)
+        self._vigil = Vigil(self.path)
         self._sources: list[Source] = []
         self._retention = Retention(self.settings.retain_days)
         self._checkpointer = Checkpointer(self.path)
@@ -165,7 +172,7 @@ class Journal:
         last = 0.0
         while True:
             if not backoff_s and not self._stopping:
-                self._work.wait(self._retention.wait_s)
+                self._work.wait(min(self._retention.wait_s, LOOK_S))
             # Gather what the next moments bring, unless someone waits for durability.
             gather_s = max(GATHER_MIN_S, last + self.settings.flush_interval_s - time.monotonic())
             self._hurry.wait(backoff_s or gather_s)
@@ -188,6 +195,9 @@ class Journal:
     def _flush(self) -> bool:
         """Everything queued at the call, a bounded batch in each transaction. False: it failed, see `status`."""
         try:
+            self._flush_began = time.monotonic()
+            if self._vigil.broken():
+                self._put_back()
             for _ in range(1 + self._queued() // BATCH_ROWS):
                 self._flush_began = time.monotonic()
                 for source in self._sources:
@@ -255,6 +265,12 @@ class Journal:
         except sqlite3.Error:
             self._reopen()
         self._hold_bound()
+
+    def _put_back(self) -> None:
+        self._log.error("journal_taken_away", path=str(self.path))
+        self._db = file.put_back(self._db, self.path)
+        self._vigil = Vigil(self.path)
+        self._log.warning("journal_put_back", path=str(self.path))
 
     def _reopen(self) -> None:
         """After a failed rollback the connection's state is unknown; a fresh one either works or fails plainly."""
