@@ -7,7 +7,9 @@ import argparse
 import asyncio
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+import structlog
 
 from arks import options, up, usage, version
 from arks.errors import ArksError
@@ -16,6 +18,7 @@ from extproc.observe.logs import FORMATS, LEVELS, configure_logging
 from extproc.settings import ExtprocSettings, TlsSettings
 
 TRANSPORTS = ("h2", "grpc_aio")
+USER_LABEL = "--metrics-per-token"
 GATEWAY = "127.0.0.1:8080"
 ADMIN = "127.0.0.1:9110"
 """9110 is where Arks has always shown its metrics; 9090 would meet a Prometheus on the same machine"""
@@ -163,9 +166,7 @@ def _add_extproc(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     options.add_flag(parser, "--drain-timeout-s", options.seconds, "600", text, metavar="SECONDS")
     text = "Keep Envoy's list of engines (EDS) in this file."
     options.add_flag(parser, "--eds-file", options.file_path, None, text, metavar="PATH")
-    parser.add_argument(
-        "--metrics-per-token", action="store_true", help="Label `user` (the token's name) on the gateway_* metrics."
-    )
+    options.add_switch(parser, USER_LABEL, "Label `user` (the token's name) on the gateway_* metrics.")
     _logging(parser)
     parser.set_defaults(run=lambda chosen: _run_extproc(parser, chosen))
 
@@ -173,6 +174,7 @@ def _add_extproc(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def _run_extproc(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> int:
     settings = extproc_settings(parser, chosen)
     configure_logging(chosen.log_level, chosen.log_format)
+    _tell_unread(_parser())
     # uvloop and the whole data plane load here, not for `arks usage`.
     import uvloop  # noqa: PLC0415
 
@@ -211,7 +213,7 @@ def extproc_settings(parser: argparse.ArgumentParser, chosen: argparse.Namespace
         on_journal_failure=chosen.on_journal_failure,
         drain_timeout_s=chosen.drain_timeout_s,
         eds_file=chosen.eds_file,
-        metrics_per_token=chosen.metrics_per_token,
+        metrics_per_token=options.is_on(USER_LABEL, chosen.metrics_per_token),
     )
 
 
@@ -241,9 +243,11 @@ def _add_controller(commands: "argparse._SubParsersAction[argparse.ArgumentParse
 def _run_controller(chosen: argparse.Namespace) -> int:
     configure_logging(chosen.log_level, chosen.log_format)
     from controller.app import run  # noqa: PLC0415 - loads the Kubernetes side, for this command alone
+    from controller.engines.images import VARIABLES  # noqa: PLC0415
     from controller.kube.errors import CredentialsError  # noqa: PLC0415
     from controller.settings import ControllerSettings  # noqa: PLC0415
 
+    _tell_unread(_parser(), VARIABLES)
     given = {"namespace": chosen.namespace} if chosen.namespace else {}
     settings = ControllerSettings(
         kubeconfig=str(chosen.kubeconfig) if chosen.kubeconfig else None,
@@ -257,6 +261,12 @@ def _run_controller(chosen: argparse.Namespace) -> int:
         return asyncio.run(run(settings))
     except CredentialsError as error:
         raise ArksError(str(error)) from error
+
+
+def _tell_unread(parser: argparse.ArgumentParser, read: Iterable[str] = ()) -> None:
+    """A setting that does nothing is said to: in a cluster, variables are the only ones there are."""
+    for name in options.unread_variables(parser, read):
+        structlog.get_logger("settings").warning("no such setting, it does nothing", variable=name)
 
 
 def _add_usage(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

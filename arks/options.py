@@ -9,13 +9,14 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?")
+_SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT(_\w+)?)$|_PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?$")
 _UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -89,6 +90,36 @@ def engines_of(given: list[EngineUrl] | None) -> tuple[EngineUrl, ...]:
         return tuple(given)
     from_env = os.environ.get("ARKS_ENGINE", "")
     return tuple(_named(engine_url, "ARKS_ENGINE")(part.strip()) for part in from_env.split(",") if part.strip())
+
+
+def add_switch(parser: argparse.ArgumentParser, flag: str, meaning: str) -> None:
+    """A flag without a value. `is_on` has its variable's word, too."""
+    parser.add_argument(flag, action="store_true", help=f"{meaning} [env {variable(flag)}: true or false]")
+
+
+def is_on(flag: str, given: bool) -> bool:
+    """Whether the flag, or else its variable, says so. Raises ArgumentTypeError for any other word."""
+    name = variable(flag)
+    word = os.environ.get(name, "")
+    if given or not word:
+        return given
+    return bool(_named(_one_of(("true", "false")), name)(word.lower()) == "true")
+
+
+def unread_variables(parser: argparse.ArgumentParser, read: Iterable[str] = ()) -> list[str]:
+    """ARKS_ variables that are set and that no flag of any command, nor `read`, is about: misspelt ones, mostly.
+
+    Left out are those that Kubernetes makes of every Service whose name begins with arks.
+    """
+    known = {"ARKS_HELP", *read}
+    pending = [parser]
+    for each in pending:
+        for action in each._actions:  # noqa: SLF001 - argparse has no other way to ask
+            known.update(variable(flag) for flag in action.option_strings if flag.startswith("--"))
+            if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001
+                pending += action.choices.values()
+    given = (name for name in os.environ if name.startswith("ARKS_"))
+    return sorted(name for name in given if name not in known and not _SERVICE_LINK.search(name))
 
 
 def _named(read: Callable[[str], Any], name: str) -> Callable[[str], Any]:

@@ -27,6 +27,15 @@ SGLANG_DISAGGREGATED_VARIABLE = "ARKS_DEFAULT_SGLANG_IMAGE"
 SGLANG_ROUTER_VARIABLE = "ARKS_DEFAULT_SGLANG_ROUTER_IMAGE"
 VLLM_ROUTER_VARIABLE = "ARKS_DEFAULT_VLLM_ROUTER_IMAGE"
 LOADER_VARIABLE = "ARKS_SCRIPTS_IMAGE"
+_ENGINE_VARIABLES = (*RUNTIME_VARIABLES.values(), SGLANG_DISAGGREGATED_VARIABLE)
+VARIABLES = frozenset(
+    (
+        *_ENGINE_VARIABLES,
+        *(f"{name}_{kind.upper()}" for name in _ENGINE_VARIABLES for kind in Accelerator if kind != Accelerator.NVIDIA),
+        *(SGLANG_ROUTER_VARIABLE, VLLM_ROUTER_VARIABLE, LOADER_VARIABLE),
+    )
+)
+"""all that are read here"""
 
 _DEFAULTS: Mapping[tuple[str, Accelerator], str] = {
     ("vllm", Accelerator.NVIDIA): f"vllm/vllm-openai:{VLLM_TAG}",

@@ -7,7 +7,7 @@ import pytest
 
 from arks import cli, usage
 from arks.errors import ArksError
-from arks.options import EngineUrl, HostPort, engine_url, host_port, moment, resolve, seconds
+from arks.options import EngineUrl, HostPort, engine_url, host_port, moment, resolve, seconds, unread_variables
 from extproc.journal.model import JournalSettings
 from extproc.journal.writer import Journal
 from extproc.ledger.model import UsageRecord
@@ -109,6 +109,31 @@ def test_flags_win_over_variables_and_variables_over_defaults(monkeypatch):
     assert [engine.url for engine in settings.engines] == ["http://c:3"]
 
 
+@pytest.mark.parametrize(
+    ("argv", "word", "expected"), [([], "", False), ([], "true", True), ([], "False", False), (["flag"], "", True)]
+)
+def test_a_flag_without_a_value_has_a_variable_too(monkeypatch, argv, word, expected):
+    monkeypatch.setenv("ARKS_METRICS_PER_TOKEN", word)
+    flags = ["--metrics-per-token"] if argv else []
+    parser = cli._parser()
+    chosen = parser.parse_args(["extproc", "--policy", "/tmp", *flags])
+    assert cli.extproc_settings(parser, chosen).metrics_per_token is expected
+
+
+def test_a_variable_of_a_flag_without_a_value_is_true_or_false(monkeypatch, capsys):
+    monkeypatch.setenv("ARKS_METRICS_PER_TOKEN", "perhaps")
+    assert "ARKS_METRICS_PER_TOKEN: 'perhaps' is none of true, false" in fails(capsys, "extproc", "--policy", "/tmp")
+
+
+def test_variables_that_nobody_reads_are_found_and_those_of_kubernetes_left_out(monkeypatch):
+    for name in ("ARKS_DRAIN_TIMEOUT", "ARKS_REDIS_MASTER_NAME", "ARKS_SCRIPTS_IMAGE", "ARKS_LISTEN", "ARKS_SINCE"):
+        monkeypatch.setenv(name, "x")
+    for name in ("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_GRPC", "PORT", "PORT_50052_TCP", "PORT_50052_TCP_ADDR"):
+        monkeypatch.setenv(f"ARKS_EXTPROC_{name}", "x")
+    found = unread_variables(cli._parser(), {"ARKS_SCRIPTS_IMAGE"})
+    assert found == ["ARKS_DRAIN_TIMEOUT", "ARKS_REDIS_MASTER_NAME"]
+
+
 def test_the_state_folder_follows_the_desktop_standard(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_STATE_HOME", raising=False)
@@ -125,7 +150,7 @@ def test_every_flag_is_explained_with_its_variable(capsys):
         text = " ".join(capsys.readouterr().out.split())
         for flag in {word.strip("[],;.") for word in text.split() if word.strip("[],;.").startswith("--")}:
             name = "ARKS_" + flag.removeprefix("--").replace("-", "_").upper()
-            assert name in text or flag in {"--help", "--json", "--metrics-per-token"}, flag
+            assert name in text or flag in {"--help", "--json"}, flag
 
 
 def test_the_version_is_printed(capsys):
