@@ -23,6 +23,7 @@ from controller.kube.discovery import Discovery
 from controller.kube.events import Events
 from controller.kube.lease import Lease
 from controller.kube.resource import Key
+from controller.reconcile.claims import Growth
 from controller.reconcile.context import Context, Weigh
 from controller.reconcile.downloads import Downloads
 from controller.reconcile.kinds import Request
@@ -96,6 +97,7 @@ class Controller:
             status=StatusWriter(client, events),
             events=events,
             downloads=Downloads(client, self.settings.model_progress_s),
+            claims=Growth(),
             environment=self.settings.environment,
             model_retry_s=self.settings.model_retry_s,
             **({"weigh": self._weigh} if self._weigh is not None else {}),

@@ -9,6 +9,7 @@ from apis.resources import ArksEndpoint
 from apis.resources.base import Resource as ArksResource
 from controller.kube.client import Client
 from controller.kube.events import Events
+from controller.reconcile.claims import Growth
 from controller.reconcile.desired.endpoint import Backend
 from controller.reconcile.desired.metadata import kind_of, plain
 from controller.reconcile.downloads import Downloads
@@ -39,6 +40,7 @@ class Context:
     status: StatusWriter
     events: Events
     downloads: Downloads
+    claims: Growth
     environment: Mapping[str, str] = field(default_factory=dict)
     weigh: Weigh = _as_they_are
     model_retry_s: float = MODEL_RETRY_S

@@ -1,13 +1,10 @@
 """ArksModel: the claim, then the download, then ready; again from wherever the cluster says it stands.
 
-A Job cannot be changed, so another request replaces it; a Job that loaded the very same weights is left alone, also
-when the loader's image is another one by now. A failed download is tried again: at once when its Secret changes, else
-after a while, for ever. `preload` runs one Job per chosen node, a few at a time.
+One Job fills the storage that all share (`jobs`); `preload` runs one per chosen node, a few at a time.
 """
 
 from __future__ import annotations
 
-import datetime as dt
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -23,15 +20,13 @@ from controller.reconcile.desired.model import DesiredModel, desired_model, job_
 from controller.reconcile.desired.phase import Verdict
 from controller.reconcile.downloads import fields, words
 from controller.reconcile.finalizers import release
+from controller.reconcile.jobs import Jobs
 from controller.reconcile.kinds import ARKS
-from controller.reconcile.loading import LOAD_FAILED, Loading, State, loading_of
-from controller.reconcile.objects import uid_of
+from controller.reconcile.loading import LOAD_FAILED, Loading, State
 from controller.reconcile.watches import model_secrets
 from controller.reconcile.writing import REFUSED_AGAIN_S, Refusal
-from controller.workloads.model import TEMPLATE_HASH, Deletion
 
 _RESOURCE: Final = ARKS["ArksModel"]
-CREDENTIALS_ANNOTATION: Final = "arks.ai/credentials-version"
 
 
 @dataclass(slots=True)
@@ -44,6 +39,7 @@ class _Pass:
     revision: str = ""
     progress: Report | None = None
     nodes: list[str] = field(default_factory=list)
+    warning: Verdict | None = None
     again_s: float = RESYNC_S
 
     def fail(self, reason: str, message: str, *, storage: bool = False) -> None:
@@ -100,7 +96,7 @@ def _verdicts(found: _Pass) -> list[Verdict]:
     else:
         cause = storage if storage.status != "True" else loaded
         ready = Verdict("Ready", "False", cause.reason, cause.message)
-    return [storage, loaded, ready]
+    return [storage, loaded, ready, *([found.warning] if found.warning is not None else [])]
 
 
 class _Model:
@@ -110,7 +106,7 @@ class _Model:
         self._context, self._model, self._status = context, model, status
         self._namespace = model.metadata.namespace
         self._key = Key(model.metadata.namespace, model.metadata.name)
-        self._claimed_at = ""  # when the present claim was made
+        self._jobs = Jobs(context, model, status)
         self._found = _Pass()
 
     async def step(self) -> _Pass:
@@ -135,10 +131,12 @@ class _Model:
             text = f"spec.storage.pvc: the claim {claim['metadata']['name']} is lost or being deleted"
             found.storage = Verdict("StorageCreated", "False", "StorageCreating", text)
             return found
-        self._claimed_at = str(claim["metadata"].get("creationTimestamp", "")) if claim is not None else ""
+        self._jobs.claim = claim
+        if claim is not None and first.claim is not None and owned_by(claim, self._model):
+            await self._grow(claim, first.claim)
         found.storage = Verdict("StorageCreated", "True", "CreateSucceeded", "The storage is there")
         if first.job is None:
-            await self._drop_jobs(set())
+            await self._jobs.drop_others(set())
             found.loaded = Verdict("ModelLoaded", "True", "ModelLoadSucceeded", "The model is in existing storage")
             return found
         problem = self._missing_secret()
@@ -163,7 +161,7 @@ class _Model:
     async def _make_claim(self, claim: Object) -> None:
         """Weights that were in a claim of this name are gone with it, so whatever was loaded must be loaded again."""
         found = self._found
-        await self._drop_jobs(set())
+        await self._jobs.drop_others(set())
         refusal = await self._context.writer.apply(self._model.metadata.uid, claim)
         if refusal is None:
             name = claim["metadata"]["name"]
@@ -171,6 +169,12 @@ class _Model:
             return
         found.fail("BoundFailed", f"spec.storage.pvc: the API server refused {refusal}", storage=True)
         found.again_s = REFUSED_AGAIN_S
+
+    async def _grow(self, claim: Object, desired: Object) -> None:
+        why = await self._context.claims.bring(self._context.client, claim, desired)
+        if why:
+            text = f"spec.storage.pvc.spec.resources.requests.storage: {why}"
+            self._found.warning = Verdict("Degraded", "True", "ClaimNotEnlarged", text)
 
     def _missing_secret(self) -> Problem | None:
         watches = self._context.watches
@@ -192,8 +196,8 @@ class _Model:
     async def _load(self, desired: DesiredModel) -> None:
         """One Job fills the storage that all share."""
         assert desired.job is not None
-        await self._drop_jobs({desired.job["metadata"]["name"]})
-        loading = await self._job_step(desired.job, remembered=self._was_loaded())
+        await self._jobs.drop_others({desired.job["metadata"]["name"]})
+        loading = await self._jobs.step(desired.job, remembered=self._jobs.was_loaded())
         await self._tell(loading)
 
     async def _tell(self, loading: Loading | Refusal | None) -> None:
@@ -210,7 +214,7 @@ class _Model:
             found.loaded = Verdict("ModelLoaded", "True", "ModelLoadSucceeded", "The model is loaded")
         else:
             found.fail(loading.reason, loading.message)
-            found.again_s = min(found.again_s, self._retry_in_s(loading) + 1.0)
+            found.again_s = min(found.again_s, self._jobs.retry_in_s(loading) + 1.0)
 
     async def _ask(self, loading: Sequence[Loading]) -> None:
         """How far downloads are that are under way."""
@@ -222,84 +226,18 @@ class _Model:
         if pods:
             found.again_s = min(found.again_s, downloads.due_s(self._key))
 
-    async def _job_step(self, wanted: Object, *, remembered: bool) -> Loading | Refusal | None:
-        """Bring one Job on; None while there is none to ask. `remembered`: what it would load is there already."""
-        context, meta = self._context, wanted["metadata"]
-        job = context.watches.jobs.get(Key(self._namespace, meta["name"]))
-        if job is None:
-            if remembered:
-                return Loading(State.LOADED)  # the finished Job was cleaned away, the weights were not
-            meta["annotations"][CREDENTIALS_ANNOTATION] = self._credentials()
-            return await context.writer.apply(self._model.metadata.uid, wanted)
-        if job["metadata"].get("deletionTimestamp"):
-            return None
-        if not owned_by(job, self._model):
-            return Refusal("Job", meta["name"], "NameTaken", "a Job of this name is not ours")
-        pods = [pod for pod in self._pods() if _is_of(pod, job)]
-        loading = loading_of(job, pods)
-        same = (job["metadata"].get("annotations") or {}).get(TEMPLATE_HASH) == meta["annotations"][TEMPLATE_HASH]
-        if not same and not (loading.state is State.LOADED and _same_weights(job, wanted)):
-            return await self._drop(job)
-        if loading.state is State.FAILED and self._retry_in_s(loading, job) <= 0:
-            return await self._drop(job)
-        return loading
-
-    def _was_loaded(self) -> bool:
-        """This very request was loaded before, as far as the status remembers, and into the present claim."""
-        conditions = self._status.get("conditions") or ()
-        loaded = next((each for each in conditions if each["type"] == "ModelLoaded" and each["status"] == "True"), None)
-        if loaded is None or not self._same_request():
-            return False
-        # Both are RFC 3339 in UTC: they compare as text.
-        return str(loaded.get("lastTransitionTime", "")) >= self._claimed_at
-
-    def _same_request(self) -> bool:
-        """Does the status speak of the present spec?"""
-        return bool(self._status.get("observedGeneration") == self._model.metadata.generation)
-
-    def _retry_in_s(self, loading: Loading, job: Object | None = None) -> float:
-        if job is not None:
-            used = (job["metadata"].get("annotations") or {}).get(CREDENTIALS_ANNOTATION, "")
-            if used != self._credentials():
-                return 0.0
-        if loading.failed_at is None:
-            return self._context.model_retry_s
-        passed = dt.datetime.now(dt.UTC) - loading.failed_at
-        return self._context.model_retry_s - passed.total_seconds()
-
-    def _credentials(self) -> str:
-        """Which Secrets the download would use now: another version is a reason to try again."""
-        entries = [
-            self._context.watches.secrets.entry(Key(self._namespace, reference.name))
-            for _, reference in model_secrets(self._model)
-        ]
-        return ",".join(entry.version if entry else "" for entry in entries)
-
-    def _pods(self) -> list[Object]:
-        return self._context.watches.pods.by("model", (self._namespace, self._model.metadata.name))
-
-    async def _drop(self, job: Object) -> Refusal | None:
-        gone = Deletion("batch/v1", "Job", self._namespace, job["metadata"]["name"])
-        return await self._context.writer.delete(gone)
-
-    async def _drop_jobs(self, kept: set[str]) -> None:
-        """Downloads of ours that nobody wants any more: of a node that left, of a source that was removed."""
-        for job in self._context.watches.jobs.by("owner", self._model.metadata.uid):
-            if job["metadata"]["name"] not in kept and not job["metadata"].get("deletionTimestamp"):
-                await self._drop(job)
-
     # -- a download per node ------------------------------------------------------------------------------------------
 
     async def _preload(self) -> None:
         found = self._found
         nodes = self._nodes()
-        await self._drop_jobs({job_name(self._model, node) for node in nodes})
+        await self._jobs.drop_others({job_name(self._model, node) for node in nodes})
         if not nodes:
             text = "spec.preload.nodeSelector: no ready node matches"
             found.loaded = Verdict("ModelLoaded", "False", "Waiting", text)
             return
-        room = self._parallel(len(nodes)) - self._running()
-        filled = set(self._status.get("preloadedNodes") or ()) if self._same_request() else set()
+        room = self._parallel(len(nodes)) - self._jobs.running()
+        filled = set(self._status.get("preloadedNodes") or ()) if self._jobs.same_request() else set()
         failed: list[tuple[str, str]] = []
         running: list[Loading] = []
         for node in nodes:
@@ -309,7 +247,7 @@ class _Model:
             remembered = node in filled
             if not there and not remembered and room <= 0:
                 continue
-            loading = await self._job_step(desired.job, remembered=remembered)
+            loading = await self._jobs.step(desired.job, remembered=remembered)
             if isinstance(loading, Refusal):
                 failed.append(("CreateWorkerPodFailed", f"{node}: {loading}"))
             elif loading is not None and loading.state is State.LOADED:
@@ -325,10 +263,6 @@ class _Model:
         found.nodes.sort()
         await self._ask(running)
         self._tell_nodes(len(nodes), failed)
-
-    def _running(self) -> int:
-        jobs = self._context.watches.jobs.by("owner", self._model.metadata.uid)
-        return sum(loading_of(job, ()).state is State.LOADING for job in jobs)
 
     def _tell_nodes(self, wanted: int, failed: list[tuple[str, str]]) -> None:
         """`failed`: reason and words for each node."""
@@ -366,18 +300,3 @@ class _Model:
 
 def _lost(claim: Object) -> bool:
     return bool((claim.get("status") or {}).get("phase") == "Lost")
-
-
-def _is_of(pod: Object, job: Object) -> bool:
-    return any(owner["uid"] == uid_of(job) for owner in pod["metadata"].get("ownerReferences") or ())
-
-
-def _same_weights(job: Object, wanted: Object) -> bool:
-    """The same request to the same place; what else changed (an image, a limit) does not change the files."""
-    before, after = (item["spec"]["template"]["spec"] for item in (job, wanted))
-    volumes = [next(v for v in spec["volumes"] if v["name"] == "models") for spec in (before, after)]
-    return bool(before["containers"][0].get("args") == after["containers"][0]["args"] and _plain_volume(*volumes))
-
-
-def _plain_volume(live: Object, wanted: Object) -> bool:
-    return all(live.get(key) == value for key, value in wanted.items())
