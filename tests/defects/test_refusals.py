@@ -83,6 +83,17 @@ async def test_defect_02_a_clients_headers_lead_to_no_other_tenant(gateway, engi
     assert {name: arrived["headers"][name] for name in FORGED} == FORGED
 
 
+@pytest.mark.parametrize("size_bytes", [33_000, 200_000, 900_000])
+async def test_defect_04_a_long_prompt_arrives(gateway, engine, session, size_bytes):
+    """Envoy's buffer is 32 KiB by default. See `rendered` for the policy that widens Envoy Gateway's."""
+    await engine.recorded(session)
+    sent = chat(max_tokens=2, messages=[{"role": "user", "content": "x" * size_bytes}])
+    async with session.post(gateway.url + CHAT, json=sent, headers=bearer("sk-alice")) as answer:
+        assert answer.status == 200
+    (arrived,) = await engine.recorded(session)
+    assert json.loads(arrived["body"]) == sent
+
+
 async def test_defect_07_an_unknown_token_is_401_and_its_secret_is_nowhere(gateway, session):
     async with session.post(gateway.url + CHAT, json=chat(), headers=bearer(SECRET)) as answer:
         told = await answer.read()
