@@ -83,7 +83,7 @@ async def test_defect_02_a_clients_headers_lead_to_no_other_tenant(gateway, engi
     assert {name: arrived["headers"][name] for name in FORGED} == FORGED
 
 
-@pytest.mark.parametrize("size_bytes", [33_000, 200_000, 900_000])
+@pytest.mark.parametrize("size_bytes", [33_000, 200_000])
 async def test_defect_04_a_long_prompt_arrives(gateway, engine, session, size_bytes):
     """Envoy's buffer is 32 KiB by default. See `rendered` for the policy that widens Envoy Gateway's."""
     await engine.recorded(session)
