@@ -9,6 +9,11 @@ They find each other in one of three ways, tried in this order:
 
 A frontend is healthy without any worker, so its readiness asks whether a model is listed. A worker's status
 server tells nothing until ``DYN_SYSTEM_USE_ENDPOINT_HEALTH_STATUS`` names its endpoint.
+
+A worker that is told to stop leaves the discovery at once, and five seconds later aborts whatever it still computes
+(seen with ``dynamo.vllm`` 1.6.1; the mocker waits instead). So it is told only when it is idle: a pre-stop hook waits
+until Kubernetes has taken the pod out of the endpoints and the last request is done. A discovery of the user's own
+knows nothing of Kubernetes' endpoints: there the signal must come first, and the five seconds become the drain time.
 """
 
 from __future__ import annotations
@@ -46,6 +51,17 @@ _FRONTEND_PREFIXES = ("router-", "http-", "migration-", "kserve-", "enable-anthr
 _MODEL_LISTED = (
     "import json,sys,urllib.request as r;"
     "sys.exit(0 if json.load(r.urlopen('http://127.0.0.1:%d/v1/models',timeout=4))['data'] else 1)"
+)
+# While requests run, wait; a worker that does not answer ends the wait.
+_UNTIL_IDLE = (
+    "import re,time,urllib.request as r\n"
+    "time.sleep({leave_s})\n"
+    "end=time.monotonic()+{drain_s}\n"
+    "while time.monotonic()<end:\n"
+    " page=r.urlopen('http://127.0.0.1:{port}/metrics',timeout=5).read().decode()\n"
+    " if not any(map(float,re.findall('inflight_requests.*\"generate\".* (.+)',page))):\n"
+    "  break\n"
+    " time.sleep(1)\n"
 )
 
 
@@ -118,9 +134,11 @@ def frontend(spec: LaunchSpec, *, port: int = SERVING_PORT, args: Sequence[str] 
     command = ("python3", "-m", "dynamo.frontend", *merge([("--http-port", str(port))], given, {}))
     stop = stopping(spec.grace_s)
     problems = () if spec.allow_unknown else option_problems("dynamo-frontend", spec.version, given, spec.args_field)
+    # Told to stop, it refuses what is new and finishes what runs, for 5 s unless it is given more.
+    drain = {"name": "DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS", "value": str(stop.drain_s)}
     return Launch(
         command,
-        env=_environment(spec),
+        env=_environment(spec, drain),
         ports=(("http", port),),
         probes=_frontend_probes(port),
         lifecycle=stop.lifecycle,
@@ -150,6 +168,14 @@ def _worker_probes() -> Probes:
     )
 
 
+def _lifecycle(spec: LaunchSpec, stop: Stopping) -> Mapping[str, object] | None:
+    """The worker's pre-stop hook; a frontend in the same pod has the same, and leaves with it."""
+    if stop.lifecycle is None or discovery(spec) is Discovery.USER:
+        return None
+    script = _UNTIL_IDLE.format(leave_s=stop.leave_s, drain_s=stop.drain_s, port=SYSTEM_PORT)
+    return {"preStop": {"exec": {"command": ["python3", "-c", script]}}}
+
+
 def _problems(spec: LaunchSpec, args: Sequence[str]) -> tuple[Problem, ...]:
     problems: tuple[Problem, ...] = ()
     if not spec.allow_unknown:
@@ -171,7 +197,7 @@ def _problems(spec: LaunchSpec, args: Sequence[str]) -> tuple[Problem, ...]:
 def launch(spec: LaunchSpec) -> Launch:
     """A worker; in a cluster without discovery, the leader's pod gets its own frontend as a sidecar."""
     mine, _ = split_arguments(spec.args)
-    stop: Stopping = stopping(spec.grace_s)
+    stop = stopping(spec.grace_s)
     options, aliases = _worker_options(spec)
     command = ("python3", "-m", f"dynamo.{backend(spec)}", *merge(options, mine, aliases))
     env = (*vllm.rank_env(spec), *(vllm.transfer_env(spec) if backend(spec) == "vllm" else ()))
@@ -184,11 +210,13 @@ def launch(spec: LaunchSpec) -> Launch:
             grace_s=stop.grace_s,
             metrics=metrics,
         )
-    status = (
+    status: tuple[Mapping[str, object], ...] = (
         {"name": "DYN_SYSTEM_PORT", "value": str(SYSTEM_PORT)},
         {"name": "DYN_SYSTEM_HOST", "value": "0.0.0.0"},
         {"name": "DYN_SYSTEM_USE_ENDPOINT_HEALTH_STATUS", "value": '["generate"]'},
     )
+    if discovery(spec) is Discovery.USER:
+        status += ({"name": "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS", "value": str(stop.drain_s)},)
     sidecars: tuple[Sidecar, ...] = ()
     alone = discovery(spec) is Discovery.POD and spec.stage is Stage.WHOLE
     if alone:
@@ -199,7 +227,7 @@ def launch(spec: LaunchSpec) -> Launch:
         env=_environment(spec, *status, *env),
         ports=(("system", SYSTEM_PORT),),
         probes=_worker_probes(),
-        lifecycle=stop.lifecycle,
+        lifecycle=_lifecycle(spec, stop),
         grace_s=stop.grace_s,
         metrics_port=SYSTEM_PORT,
         metrics=metrics,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import http.server
 import itertools
 import json
+import subprocess
+import sys
+import threading
 
 import pytest
 
@@ -230,6 +234,51 @@ def test_a_dynamo_worker_is_ready_only_when_its_endpoint_is():
     ready = dynamo.frontend(spec(DYNAMO)).probes.readiness["exec"]["command"]
     compile(ready[2], "probe", "exec")
     assert "/v1/models" in ready[2]
+
+
+class Counting(http.server.BaseHTTPRequestHandler):
+    """A worker's status server, whose running requests end one by one as they are counted."""
+
+    running = 0
+
+    def do_GET(self):
+        type(self).running -= 1
+        page = f'dynamo_component_inflight_requests{{dynamo_endpoint="generate",worker_id="1"}} {self.running}\n'
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(page.encode())
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_dynamo_worker_hears_of_its_end_when_it_is_idle_for_it_aborts_what_runs():
+    launch = dynamo.launch(spec(DYNAMO, grace_s=60))
+    python, _, script = launch.lifecycle["preStop"]["exec"]["command"]
+    assert python == "python3"
+    assert "time.sleep(15)\n" in script
+    Counting.running = 3
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Counting) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        quick = (
+            script.replace("time.sleep(15)", "").replace("time.sleep(1)", "").replace(":9090", f":{server.server_port}")
+        )
+        assert subprocess.run([sys.executable, "-c", quick], check=False, timeout=30).returncode == 0
+        server.shutdown()
+    assert Counting.running == 0
+    (front,) = launch.sidecars
+    drain = {item["name"]: item.get("value") for item in front.env}["DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS"]
+    assert int(drain) == 30
+    assert 15 + int(drain) < launch.grace_s
+    assert dynamo.launch(spec(DYNAMO, grace_s=0)).lifecycle is None
+
+
+def test_a_dynamo_worker_in_the_users_discovery_leaves_it_first_and_then_drains():
+    launch = dynamo.launch(spec(DYNAMO, grace_s=60, env_names=frozenset({"ETCD_ENDPOINTS"})))
+    env = {item["name"]: item.get("value") for item in launch.env}
+    assert launch.lifecycle is None
+    assert int(env["DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS"]) == 30
+    assert "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS" not in {item["name"] for item in dynamo.launch(spec(DYNAMO)).env}
 
 
 def test_dynamo_gives_the_frontends_options_to_the_frontend():
