@@ -299,17 +299,15 @@ class Client:
                 except (aiohttp.ClientError, OSError, TimeoutError) as error:
                     raise UnreachableError(f"{method} {path}: answer broke off: {_told(error)}") from error
 
-    def _limits(self, verb: str, timeout_s: float | None) -> aiohttp.ClientTimeout:
+    def _limit_s(self, verb: str, timeout_s: float | None) -> float | None:
         """How long the request may take; raises `NotLeaderError` for a write that must not be sent."""
         if timeout_s is not None and self._fence is not None and verb in WRITE_VERBS:
             try:
-                timeout_s = min(timeout_s, self._fence())
+                return min(timeout_s, self._fence())
             except NotLeaderError:
                 self.stats.writes_fenced += 1
                 raise
-        return aiohttp.ClientTimeout(
-            total=timeout_s, sock_connect=min(timeout_s or CONNECT_TIMEOUT_S, CONNECT_TIMEOUT_S)
-        )
+        return timeout_s
 
     @contextlib.asynccontextmanager
     async def _answer(
@@ -327,27 +325,34 @@ class Client:
         access = await self._credentials.access()
         for attempt in (0, 1):
             # Asked at the last moment: the lease may have ended while we stood in line or fetched credentials.
-            limits = self._limits(verb, timeout_s)
+            limit_s = self._limit_s(verb, timeout_s)
             try:
-                response = await self._request(access, method, path, params, data, headers, limits)
-            except (aiohttp.ClientError, OSError, TimeoutError) as error:
+                # Not aiohttp's own limit: where that runs out in the moment in which the task is cancelled, it takes
+                # the cancellation for its own, and the task lives on. Writes end with the lease, as their tasks do.
+                async with asyncio.timeout(limit_s):
+                    try:
+                        response = await self._request(access, method, path, params, data, headers, limit_s)
+                    except (aiohttp.ClientError, OSError) as error:
+                        self._count(verb, resource, "Unreachable")
+                        raise UnreachableError(f"{method} {path}: {_told(error)}") from error
+                    async with response:
+                        self._count(verb, resource, str(response.status))
+                        if response.status < 300 or response.status == 304:
+                            yield response
+                            return
+                        try:
+                            body = await response.read()
+                        except (aiohttp.ClientError, OSError):
+                            body = b""
+                        if response.status == 401 and not attempt:
+                            renewed = await self._renewed(access)
+                            if renewed is not None:
+                                access = renewed
+                                continue
+                        raise api_error(response.status, body, response.headers)
+            except TimeoutError as error:
                 self._count(verb, resource, "Unreachable")
-                raise UnreachableError(f"{method} {path}: {_told(error)}") from error
-            async with response:
-                self._count(verb, resource, str(response.status))
-                if response.status < 300 or response.status == 304:
-                    yield response
-                    return
-                try:
-                    body = await response.read()
-                except (aiohttp.ClientError, OSError, TimeoutError):
-                    body = b""
-                if response.status == 401 and not attempt:
-                    renewed = await self._renewed(access)
-                    if renewed is not None:
-                        access = renewed
-                        continue
-                raise api_error(response.status, body, response.headers)
+                raise UnreachableError(f"{method} {path}: timed out") from error
 
     async def _renewed(self, refused: Access) -> Access | None:
         try:
@@ -364,7 +369,7 @@ class Client:
         params: Mapping[str, str],
         data: bytes | None,
         headers: Mapping[str, str],
-        limits: aiohttp.ClientTimeout,
+        limit_s: float | None,
     ) -> aiohttp.ClientResponse:
         assert self._pool.session is not None, "use `async with Client(...)`"
         return await self._pool.session.request(
@@ -377,7 +382,7 @@ class Client:
             ssl=access.tls,
             proxy=access.proxy,
             server_hostname=access.server_name,
-            timeout=limits,
+            timeout=aiohttp.ClientTimeout(sock_connect=min(limit_s or CONNECT_TIMEOUT_S, CONNECT_TIMEOUT_S)),
             allow_redirects=False,
         )
 

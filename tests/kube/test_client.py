@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 
 import pytest
@@ -185,6 +186,23 @@ async def test_a_write_ends_before_the_lease_does(pears: KubeApi, kube_namespace
         with pytest.raises(UnreachableError, match="timed out"):
             await client.fenced(lambda: 0.4).apply(PEARS, pear("a", kube_namespace, size=2))
         assert asyncio.get_running_loop().time() - began < 2.0
+
+
+async def test_a_task_that_is_cancelled_in_the_moment_in_which_its_write_times_out_ends(
+    pears: KubeApi, kube_namespace: str, connect: Connect
+) -> None:
+    """As when the lease is lost: its end is the limit of every write, and all who write are cancelled."""
+    loop = asyncio.get_running_loop()
+    async with TcpProxy(pears.port) as proxy:
+        client = await connect(pears.kubeconfig(server=proxy.url))
+        await client.apply(PEARS, pear("a", kube_namespace, size=1))
+        proxy.black_hole()
+        task = asyncio.create_task(client.fenced(lambda: 0.3).apply(PEARS, pear("a", kube_namespace, size=2)))
+        loop.call_at(loop.time() + 0.5, task.cancel)
+        await asyncio.sleep(0.1)  # it is under way
+        time.sleep(0.6)  # noqa: ASYNC251 - both are due by the time the loop looks again
+        await asyncio.wait([task])
+        assert task.cancelled()
 
 
 async def test_a_dead_server_is_an_error_of_ours_not_of_aiohttp(connect: Connect, tmp_path: Path) -> None:
