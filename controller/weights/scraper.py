@@ -2,7 +2,7 @@
 
 SGLang's /v1/loads is tried first (2 Hz), then /metrics (1 Hz); what answers is remembered. An engine is dead when it
 refuses or stays silent `_LOSSES` times in a row; one that answers without figures (a router, another server) is
-healthy, and looked for figures again now and then. Bounded: connections, time, size of an answer, looks per second.
+healthy, and looked for figures again now and then. Bounded: connections, time, size of an answer, looks per sweep.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ CONCURRENCY: Final = 32
 MOST_BYTES: Final = 2 << 20
 PERIODS_S: Final = {LOADS: 0.5, METRICS: 1.0, "": 30.0}
 """between two looks, by what answers; "": nothing that we understand"""
-LOOKS_PER_S: Final = 100
-"""more engines than that are looked at less often"""
+LOOKS_PER_SWEEP: Final = 50
+"""of more engines, those that have waited longest: each is looked at less often, and the looks stay spread out"""
 _LOSSES: Final = 3
 _TTFT_ALPHA: Final = 0.3
 _TTFT_KEPT_S: Final = 30.0
@@ -74,11 +74,11 @@ class Scraper:
         for address in wanted - self._targets.keys():
             self._targets[address] = _Target(address)
         now = self._clock()
-        stretch = max(1.0, len(wanted) / LOOKS_PER_S)
         due = [target for target in self._targets.values() if target.due_s <= now]
         due.sort(key=lambda target: target.due_s)
+        del due[LOOKS_PER_SWEEP:]
         for target in due:
-            target.due_s = now + PERIODS_S[target.path] * stretch - 0.05
+            target.due_s = now + PERIODS_S[target.path] - 0.05
         await asyncio.gather(*(self._look(target) for target in due))
         self.loads = {address: target.load for address, target in self._targets.items()}
         return self.loads
@@ -115,7 +115,7 @@ class Scraper:
                 return answer.status, body
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError):
             target.losses += 1
-            target.due_s = self._clock()
+            target.due_s = 0.0  # before all who wait: whether it is dead shall be known soon
             if target.losses >= _LOSSES:
                 target.load = EngineLoad(target.load.address, healthy=False)
                 target.counted, target.path = None, LOADS  # another engine may come back there

@@ -163,6 +163,39 @@ async def test_no_more_looks_at_once_than_agreed_and_none_before_its_time():
         assert most <= scraper.CONCURRENCY
 
 
+async def test_many_engines_take_turns_but_one_in_doubt_comes_first():
+    clock = Clock()
+    asked: list[int] = []
+
+    async def handler(request):
+        asked.append(request.transport.get_extra_info("sockname")[1])
+        return web.Response(text="vllm:num_requests_running 1.0\n")
+
+    app = web.Application()
+    app.router.add_get("/metrics", handler)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    rounds = 4
+    try:
+        for _ in range(rounds * scraper.LOOKS_PER_SWEEP):
+            await web.TCPSite(runner, "127.0.0.1", 0).start()
+        addresses = [f"127.0.0.1:{port}" for _, port in runner.addresses]
+        async with Scraper(timeout_s=5.0, clock=clock) as asking:
+
+            async def sweep():
+                clock.now_s += 0.5
+                return await asking.sweep(addresses)
+
+            for _ in range(rounds):
+                await sweep()
+            assert sorted(asked) == sorted(port for _, port in runner.addresses), "each had its turn, none had two"
+            addresses.append("127.0.0.1:1")  # nobody listens there
+            seen = [(await sweep())[addresses[-1]].healthy for _ in range(3)]
+            assert seen == [True, True, False], "its three looks follow on each other"
+    finally:
+        await runner.cleanup()
+
+
 def test_several_ranks_of_one_engine_add_up():
     page = b"\n".join(
         (
