@@ -10,7 +10,7 @@ import contextlib
 import gc
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
@@ -266,6 +266,8 @@ class Gateway:
         watch(names.LEASES_EXPIRED, lambda: store.stats.expired)
         watch(names.QUOTA_USAGE, lambda: self._quotas(lambda key, _limit: store.used(key) + store.reserved(key)))
         watch(names.QUOTA_LIMIT, lambda: self._quotas(lambda _key, limit: limit))
+        if self._settings.metrics_per_token:
+            watch(names.RATE_LIMIT_TOKENS, self._left)
         watch(names.ENGINE_HEALTHY, lambda: [((state.address,), float(state.healthy)) for state in picker.snapshot()])
         watch(names.ENGINE_IN_FLIGHT, lambda: [((state.address,), state.in_flight) for state in picker.snapshot()])
 
@@ -275,6 +277,22 @@ class Gateway:
             for (namespace, name), rules in self._live.current.quota_rules.items()
             for rule in rules
         ]
+
+    def _left(self) -> Iterator[tuple[tuple[str, ...], float]]:
+        """Of each limit that was used in its present window: namespace, token, endpoint, kind; and what is left."""
+        tokens = self._live.current.policy.tokens
+        for counter in self._store.counters():
+            if not counter.key.startswith("rate/"):
+                continue
+            namespace, name, endpoint, kind = counter.key.split("/")[1:]
+            token = tokens.get((namespace, name))
+            for grant in token.grants if token is not None else ():
+                if grant.endpoint == endpoint:
+                    for rate in grant.rates:
+                        if rate.kind == kind:
+                            left = max(0, rate.value - counter.used - counter.reserved)
+                            yield (namespace, name, endpoint, kind), left
+                    break
 
 
 async def _unless(stopped: asyncio.Event, work: Callable[[], Awaitable[object]]) -> bool:

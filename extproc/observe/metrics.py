@@ -22,7 +22,8 @@ from extproc.observe.names import MetricName
 
 EndpointKey: TypeAlias = tuple[str, str]
 Reading: TypeAlias = float | Iterable[tuple[tuple[str, ...], float]]
-"""one value, or one per tuple of label values (in the order of the metric's `labels`)"""
+"""one value, or one per tuple of label values (in the order of the metric's `labels`); an iterator is read slice by
+slice"""
 
 _Key = TypeVar("_Key")
 
@@ -361,6 +362,11 @@ def _sum_dicts(dicts: Iterable[dict[_Key, int]]) -> dict[_Key, int]:
 def _watched(metric: MetricName, read: Callable[[], Reading]) -> Iterator[str]:
     try:
         reading = read()
+        if isinstance(reading, Iterator):
+            yield from text.head(metric)
+            for labels, value in reading:
+                yield text.line(metric.name, text.labels(metric, labels), value)
+            return
         values = [((), float(reading))] if isinstance(reading, int | float) else list(reading)
         lines = [text.line(metric.name, text.labels(metric, tuple(labels)), value) for labels, value in values]
     except Exception:  # one reader's fault must not take the whole scrape away

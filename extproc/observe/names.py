@@ -63,6 +63,13 @@ RATE_LIMIT_HITS = MetricName(
     "concurrency).",
     ("namespace", "model", "rule_type"),
 )
+RATE_LIMIT_TOKENS = MetricName(
+    "gateway_rate_limit_tokens",
+    "gauge",
+    "What is left of a token's limit in the present minute or day, in requests (rpm, rpd) or tokens (tpm, tpd), once "
+    "it was used there. With `--metrics-per-token` only.",
+    ("namespace", "user", "model", "rule_type"),
+)
 ERRORS = MetricName(
     "gateway_errors_total",
     "counter",
