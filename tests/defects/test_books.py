@@ -16,12 +16,15 @@ import pytest
 
 from apis.policy import Endpoint, Grant, Policy, RateLimit, Token
 from apis.wire.ext_proc_pb2 import ProcessingRequest
+from extproc import app
 from extproc.access_log import CLIENT_DISCONNECTED
 from extproc.exchange import Deps, Exchange
 from extproc.ledger.model import UsageRecord
 from extproc.limits.memory import MemoryStore
+from extproc.limits.model import Amounts
 from extproc.observe.metrics import GatewayMetrics
 from extproc.picking import Picker
+from extproc.settings import ExtprocSettings
 from extproc.snapshot.index import LiveIndex
 from extproc.transport.core import CloseReason
 from tests.defects.scripted import DONE, delta
@@ -121,6 +124,37 @@ async def test_defect_15_the_gauges_of_a_quota_are_set(gateway, session):
     about = {"namespace": "default", "quota_name": "pot", "quota_type": "total"}
     assert list(series(metrics, "gateway_quota_usage", **about).values()) == [used]
     assert list(series(metrics, "gateway_quota_limit", **about).values()) == [10**9]
+
+
+def test_defect_15_what_is_left_of_a_tokens_limits_is_told_where_tokens_are_labels(tmp_path):
+    """`gateway_rate_limit_tokens`, which Arks declared, too. A series per token is not for every Prometheus."""
+    rates = (RateLimit("rpd", 50), RateLimit("tpd", 10_000))
+    served = Endpoint("team-a", "qwen-7b", "qwen-7b", None)
+    alice = Token("team-a", "alice", bytes(32), (Grant("qwen-7b", rates),))
+    idle = Token("team-a", "idle", bytes(31) + b"1", (Grant("qwen-7b", rates),))
+    tokens = {(token.namespace, token.name): token for token in (alice, idle)}
+    told = {}
+    for per_token in (True, False):
+        process = app.Gateway(
+            ExtprocSettings(
+                listen="",
+                admin="",
+                policy_dir=tmp_path,
+                state_dir=tmp_path / str(per_token),
+                metrics_per_token=per_token,
+            )
+        )
+        index = process._live.replace(Policy(tokens, {}, {("team-a", "qwen-7b"): served}))
+        process._watch_metrics()
+        rules = index.principals[bytes(32)].grants["qwen-7b"].rules
+        process._store.settle(
+            process._store.reserve("spent", rules, Amounts(1, 100, 900), ttl_s=60), Amounts(1, 100, 50)
+        )
+        process._store.reserve("open", rules, Amounts(1, 100, 900), ttl_s=60)
+        told[per_token] = series(process._metrics.text().decode(), "gateway_rate_limit_tokens")
+        process._journal.close()
+    about = 'namespace="team-a",user="alice",model="qwen-7b",rule_type='
+    assert told == {True: {f'{about}"rpd"': 48, f'{about}"tpd"': 10_000 - 150 - 1000}, False: {}}
 
 
 def spoken(engine: str, *, leaves: bool) -> list[bytes]:
