@@ -31,6 +31,7 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 _HOPS = 6
 _PASSING = (408, 425, 429)
 _DOCUMENT_LIMIT_BYTES = 256 << 20
+_REFUSAL_BYTES, _REFUSAL_S = 8192, 2.0
 _ACROSS = ("range", "accept", "accept-encoding", "user-agent")
 _AGENT = "arks-models"
 
@@ -48,11 +49,12 @@ class HttpRequest:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a refusal tells."""
+    """What a refusal tells. ``text`` is how its body begins: for a source's own codes, never to be shown."""
 
     status: int
     host: str
     headers: Mapping[str, str]
+    text: str = ""
 
 
 class RefusedError(Exception):
@@ -111,8 +113,9 @@ class Http:
                 continue
             if response.status < 300:
                 return response
+            text = await _beginning(response)
             response.close()
-            raise self._refusal(response, host, redirected=url.origin() != asked.origin())
+            raise self._refusal(response, host, text, redirected=url.origin() != asked.origin())
         raise TransientError("TooManyRedirects", f"{_host(asked)} redirects in circles")
 
     async def document(self, request: HttpRequest) -> tuple[bytes, Mapping[str, str]]:
@@ -138,7 +141,7 @@ class Http:
         if wait_s > 0:
             await asyncio.sleep(wait_s)
 
-    def _refusal(self, response: aiohttp.ClientResponse, host: str, *, redirected: bool) -> Exception:
+    def _refusal(self, response: aiohttp.ClientResponse, host: str, text: str, *, redirected: bool) -> Exception:
         status = response.status
         if status in (412, 416):
             return ChangedError(f"a file on {host} changed while it was loaded ({status})")
@@ -150,7 +153,7 @@ class Http:
                 self._not_before[host] = max(self._not_before.get(host, 0.0), time.monotonic() + wait_s)
             told = {429: "TooManyRequests"}.get(status, "SourceUnavailable")
             return TransientError(told, f"{host} answers {status}")
-        return RefusedError(Answer(status, host, response.headers))
+        return RefusedError(Answer(status, host, response.headers, text))
 
 
 class Patience:
@@ -193,6 +196,16 @@ async def reading(response: aiohttp.ClientResponse) -> AsyncIterator[None]:
         raise failure(error, _host(response.url)) from None
     finally:
         response.close()
+
+
+async def _beginning(response: aiohttp.ClientResponse) -> str:
+    """As much of a refusal's body as comes at once; a server that withholds it has still refused."""
+    told = b""
+    with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError):
+        async with asyncio.timeout(_REFUSAL_S):
+            while len(told) < _REFUSAL_BYTES and (chunk := await response.content.read(_REFUSAL_BYTES - len(told))):
+                told += chunk
+    return told.decode(errors="replace")
 
 
 def failure(error: Exception, host: str) -> LoadError:

@@ -8,6 +8,7 @@ async with TcpProxy(port) as proxy:      listens on 127.0.0.1:proxy.port, forwar
     proxy.heal()                         new connections work; black-holed ones stay dead
     proxy.delay_s = 0.2                  every chunk comes that much later
     proxy.accepted, proxy.open           counters
+    proxy.answered_bytes                 what went back to those who connected
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ class TcpProxy:
         self.port = 0
         self.delay_s = 0.0
         self.accepted = 0
+        self.answered_bytes = 0
         self._target = port
         self._black = self._refusing = False
         self._links: set[_Link] = set()
@@ -105,6 +107,7 @@ class _Link:
                 if self._proxy.delay_s:
                     await asyncio.sleep(self._proxy.delay_s)
                 if not self.black:
+                    self._proxy.answered_bytes += len(chunk) if writer is self._down else 0
                     writer.write(chunk)
                     await writer.drain()
             if not self.black and writer.can_write_eof():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import sys
@@ -15,6 +16,8 @@ from controller.models.loading import Loading
 from controller.models.progress import Progress
 from controller.models.report import parse_report
 from controller.models.request import Settings, decode_request
+from tests.harness.go_build import NoGoError
+from tests.models import s3_server
 from tests.models.hubs import Hub, Scope
 
 FAST = Settings(
@@ -28,6 +31,13 @@ FAST = Settings(
     lock_poll_s=0.02,
     lock_silence_s=0.3,
 )
+
+
+def pytest_collection_finish(session):
+    """Build before the first test: minutes of compiling are no test's time limit."""
+    if not session.config.option.collectonly and any("s3_server" in item.fixturenames for item in session.items):
+        with contextlib.suppress(NoGoError):  # the tests say so
+            s3_server.program()
 
 
 class Loader:

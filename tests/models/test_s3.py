@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 
 from controller.models.errors import ContentError, LastingError, TransientError
 from controller.models.sources.sigv4 import Credentials, encoded_path, signed_headers
 from controller.models.sources.xml import texts
-from tests.models.origin import CUT, WRONG, noise
+from tests.models.origin import CUT, WRONG, Origin, noise
 from tests.models.stores import KEY_ID, SECRET, Store, Stored
 
 KEYS = {"AWS_ACCESS_KEY_ID": KEY_ID, "AWS_SECRET_ACCESS_KEY": SECRET}
@@ -177,6 +179,52 @@ async def test_refusals_name_the_field(store, loader, environment, more, reason,
     with pytest.raises(LastingError) as failed:
         await loader(source(store, **more), environment=environment)
     assert (failed.value.reason, failed.value.field) == (reason, field)
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "reason", "field", "told"),
+    [
+        (400, "<Error><Code>ExpiredToken</Code></Error>", "AccessDenied", ".credentialsSecretRef", "renew all three"),
+        (400, "<Error><Code>InvalidToken</Code></Error>", "AccessDenied", ".credentialsSecretRef", "belong together"),
+        (403, "<Error><Code>RequestTimeTooSkewed</Code></Error>", "ClockSkewed", "", "clock"),
+        (
+            400,
+            "<Error><Code>AuthorizationHeaderMalformed</Code><Region>eu-west-1</Region></Error>",
+            "WrongRegion",
+            ".region",
+            "eu-west-1, not us-east-1",
+        ),
+        (301, "<Error><Code>PermanentRedirect</Code></Error>", "WrongRegion", ".region", "another region"),
+        (404, "<Error><Code>OfTheirOwn</Code></Error>", "SourceRefused", "", "404 (OfTheirOwn)"),
+        (418, "<html>secret</html>", "SourceRefused", "", "h answers 418"),
+    ],
+)
+def test_a_store_s_own_code_says_more_than_the_status(status, text, reason, field, told):
+    from controller.models.http import Answer, Http
+    from controller.models.request import S3, Settings
+    from controller.models.sources.s3 import S3Store
+
+    found = S3Store(Http(Settings()), S3(bucket="weights"), KEYS).refusal(Answer(status, "h", {}, text))
+    assert (found.reason, found.field) == (reason, f"spec.source.s3{field}")
+    assert told in found.message
+    assert "secret<" not in found.message
+
+
+async def test_a_refusal_whose_body_never_comes_is_a_refusal(store, loader):
+    async def withheld(request):
+        response = web.StreamResponse(status=403, headers={"Content-Length": "100"})
+        await response.prepare(request)
+        await asyncio.sleep(60)
+        return response
+
+    origin = Origin()
+    await origin.start(withheld)
+    try:
+        with pytest.raises(LastingError) as failed:
+            await loader(source(store, endpoint=origin.url), environment=KEYS)
+    finally:
+        await origin.stop()
+    assert failed.value.reason == "AccessDenied"
 
 
 async def test_session_token_is_signed(store, loader):

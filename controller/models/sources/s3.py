@@ -31,6 +31,17 @@ _MD5 = re.compile(r"[0-9a-f]{32}")
 _PARTS = re.compile(r"[0-9a-f]{32}-([1-9]\d{0,4})")
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]")
 _HEADS_AT_ONCE = 8
+_CODE = re.compile(r"<Code>([A-Za-z0-9]{1,64})</Code>")
+_REGION = re.compile(r"<Region>([a-z0-9-]{1,40})</Region>")
+# Amazon S3 API Reference, "List of error codes"; stores of others use the same, some with another status.
+_KEYS_AT_FAULT = {
+    "InvalidAccessKeyId": "does not know the access key id",
+    "SignatureDoesNotMatch": "finds that the secret access key is not the one of this access key id",
+    "InvalidToken": "does not take the session token; the three values belong together",
+    "ExpiredToken": "finds the session token expired; renew all three values",
+}
+_NOT_THERE = ("", "NoSuchBucket", "NoSuchKey")  # nothing: a HEAD has no body
+_REGION_AT_FAULT = ("AuthorizationHeaderMalformed", "PermanentRedirect", "IllegalLocationConstraintException")
 
 
 class S3Store(Source):
@@ -137,22 +148,31 @@ class S3Store(Source):
         return HttpRequest(url, told, method, follow=False)
 
     def refusal(self, answer: Answer) -> LastingError:
-        region = answer.headers.get("x-amz-bucket-region", "")
-        if region and region != self._region:
-            told = f"the bucket is in the region {region[:40]}, not {self._region}"
-            return LastingError("WrongRegion", told, field=f"{self.spec}.region")
-        if answer.status == 404:
+        code = match[1] if (match := _CODE.search(answer.text)) else ""
+        region = answer.headers.get("x-amz-bucket-region", "") or (m[1] if (m := _REGION.search(answer.text)) else "")
+        if (region and region != self._region) or code in _REGION_AT_FAULT:
+            where = f"in the region {region[:40]}" if region else "in another region"
+            return LastingError(
+                "WrongRegion", f"the bucket is {where}, not {self._region}", field=f"{self.spec}.region"
+            )
+        field = f"{self.spec}.credentialsSecretRef"
+        if code in _KEYS_AT_FAULT:
+            return LastingError("AccessDenied", f"{answer.host} {_KEYS_AT_FAULT[code]}", field=field)
+        if code == "RequestTimeTooSkewed":
+            told = f"{answer.host} finds that this node's clock is wrong: requests are signed with the time"
+            return LastingError("ClockSkewed", told, field=self.spec)
+        if answer.status == 404 and code in _NOT_THERE:
             told = f"{answer.host} has no bucket {self._bucket}, or not this object"
             return LastingError("NotFound", told, field=f"{self.spec}.bucket")
         if answer.status in (401, 403):
-            field = f"{self.spec}.credentialsSecretRef"
             if not self._identity.named:
                 told = f"{answer.host} asks for credentials: none are given and the pod has no identity of its own"
                 return LastingError("Unauthorized", told, field=field)
             check = "check the keys, their rights to list and read, and the region"
             told = f"{answer.host} denies access to the bucket {self._bucket}: {check}"
             return LastingError("AccessDenied", told, field=field)
-        return LastingError("SourceRefused", f"{answer.host} answers {answer.status}", field=self.spec)
+        named = f" ({code})" if code else ""
+        return LastingError("SourceRefused", f"{answer.host} answers {answer.status}{named}", field=self.spec)
 
 
 def _no_subdomains(host: str) -> bool:
