@@ -37,6 +37,16 @@ def autoscaler(low: int, high: int):
     }
 
 
+ETCD = [{"name": "ETCD_ENDPOINTS", "value": "http://etcd:2379"}]
+GPU = {"resources": {"limits": {"nvidia.com/gpu": "1"}}}
+COMMANDS = {
+    "sglang": (["sglang_router.launch_router", "--pd-disaggregation"], ["sglang", "--disaggregation-mode", "{role}"]),
+    "vllm": (["vllm-router", "--vllm-pd-disaggregation"], ["vllm", "serve", "NixlConnector"]),
+    "dynamo": (["dynamo.frontend"], ["dynamo.vllm", "--disaggregation-mode", "{role}"]),
+}
+"""words of the router's command, and of each half's"""
+
+
 @pytest.mark.slow
 async def test_kubernetes_own_autoscaler_scales_an_application(room, running, actor, gateway):
     """Arks' README had autoscaling; no object of its could be scaled."""
@@ -94,3 +104,42 @@ async def test_gang_scheduling_reaches_every_replicas_group_and_follows_the_spec
         assert templates.count("'schedulerName': 'volcano'") >= 2
     room.patch("ArksApplication", "app-qwen", {"spec": {"podGroupPolicy": None}})
     await wait_for(lambda: gangs() == [{}, {}])
+
+
+def pair(runtime: str):
+    role = {"instanceSpec": {**GPU, **({"env": ETCD} if runtime == "dynamo" else {})}}
+    router = {"instanceSpec": {"env": ETCD}} if runtime == "dynamo" else {}
+    spec = {"runtime": runtime, "model": {"name": "qwen-7b"}, "router": router, "prefill": role, "decode": role}
+    if runtime == "vllm":
+        spec["routerImage"] = "registry.example/vllm-router:1"
+    return {
+        "apiVersion": "arks.ai/v1",
+        "kind": "ArksDisaggregatedApplication",
+        "metadata": {"name": "pd"},
+        "spec": spec,
+    }
+
+
+@pytest.mark.parametrize("runtime", COMMANDS)
+async def test_prefill_and_decode_of_every_runtime_serve_behind_their_router(room, running, actor, gateway, runtime):
+    """Arks refused vLLM and Dynamo there."""
+    room.apply(STORED_MODEL, pair(runtime), ENDPOINT)
+    await room.phase("ArksDisaggregatedApplication", "pd", "Running")
+    endpoint = await room.until("ArksEndpoint", "qwen-7b", lambda item: item.get("status", {}).get("routes"))
+    assert [each["name"] for each in endpoint["status"]["routes"]] == ["arks-application-pd"]
+
+    commands = {}
+    for pod in room.list("Pod"):
+        role = pod["metadata"]["labels"]["arks.ai/disaggregation-role"]
+        main = pod["spec"]["containers"][0]
+        commands[role] = [*main.get("command", ()), *main.get("args", ())]
+    front, half = COMMANDS[runtime]
+    assert commands.keys() == {"router", "prefill", "decode"}
+    assert all(word in " ".join(commands["router"]) for word in front), commands["router"]
+    for role in ("prefill", "decode"):
+        assert all(word.format(role=role) in " ".join(commands[role]) for word in half), commands[role]
+
+    selector = room.get("Service", "arks-application-pd")["spec"]["selector"]
+    query = ",".join(f"{key}={value}" for key, value in selector.items())
+    found = room.api.request("GET", f"{room.api.path('v1', 'Pod', room.namespace)}?labelSelector={query}")["items"]
+    assert [pod["metadata"]["labels"]["arks.ai/disaggregation-role"] for pod in found] == ["router"]
