@@ -20,7 +20,7 @@ from controller.kube.errors import NotFoundError
 from controller.kube.resource import Resource
 
 _encode = msgspec.json.Encoder(order="deterministic").encode
-_Slot = tuple[Resource, str, str, str]
+_Slot = tuple[Resource, str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,21 +36,21 @@ class Applier:
 
     def __init__(self, client: Client) -> None:
         self._client = client
-        self._known: dict[_Slot, tuple[bytes, str]] = {}
+        self._known: dict[_Slot, dict[str, tuple[bytes, str]]] = {}  # by subresource
 
     async def apply(
         self, resource: Resource, body: Mapping[str, Any], *, live_version: str = "", subresource: str = ""
     ) -> Applied:
         """Bring the object to `body`; `live_version`: the live object's resourceVersion, empty if unknown or absent."""
         meta = body["metadata"]
-        slot = (resource, meta.get("namespace", ""), meta["name"], subresource)
+        slot = (resource, meta.get("namespace", ""), meta["name"])
         digest = hashlib.blake2b(_encode(body), digest_size=16).digest()
-        if live_version and self._known.get(slot) == (digest, live_version):
+        if live_version and self._known.get(slot, {}).get(subresource) == (digest, live_version):
             self._client.stats.writes_skipped += 1
             return Applied(changed=False)
         answer = await self._client.apply(resource, body, subresource=subresource)
         version = answer["metadata"]["resourceVersion"]
-        self._known[slot] = (digest, version)
+        self._known.setdefault(slot, {})[subresource] = (digest, version)
         return Applied(changed=version != live_version, object=answer)
 
     async def delete(self, resource: Resource, name: str, namespace: str = "", *, uid: str = "") -> bool:
@@ -64,5 +64,4 @@ class Applier:
 
     def forget(self, resource: Resource, name: str, namespace: str = "") -> None:
         """The object is gone: keep no memory of it."""
-        for slot in [each for each in self._known if each[:3] == (resource, namespace, name)]:
-            del self._known[slot]
+        self._known.pop((resource, namespace, name), None)

@@ -20,7 +20,7 @@ from controller.reconcile.endpoint import reconcile_endpoint
 from controller.reconcile.finalizers import release
 from controller.reconcile.kinds import ARKS, Request
 from controller.reconcile.model import reconcile_model
-from controller.reconcile.requests import everything, requests
+from controller.reconcile.requests import OWNED, everything, requests
 from controller.reconcile.token import reconcile_quota, reconcile_token
 from controller.status import About
 
@@ -61,6 +61,8 @@ class Reconciler:
             self._watches.unsubscribe(self._changed, self._malformed)
 
     def _changed(self, kind: str, key: Key, new: Any, old: Any) -> None:
+        if new is None and kind in OWNED:
+            self._context.writer.gone(old)
         for request in requests(self._watches, kind, key, new, old):
             self.queue.add(request)
 

@@ -18,7 +18,7 @@ from controller.reconcile.objects import owners
 from controller.reconcile.watches import Watches, applications_of
 from controller.workloads.model import APPLICATION_LABEL, MODEL_LABEL
 
-_OWNED: Final = frozenset(
+OWNED: Final = frozenset(
     {
         "Deployment",
         "HTTPRoute",
@@ -43,7 +43,7 @@ def requests(watches: Watches, kind: str, key: Key, new: Any, old: Any) -> Itera
     if kind in ARKS:
         yield Request(kind, *key)
         yield from _of_ours(watches, kind, key, new, old)
-    elif kind in _OWNED:
+    elif kind in OWNED:
         yield from _of_owned(watches, kind, key, new, old)
     else:
         yield from _of_others(watches, kind, key, new, old)

@@ -131,6 +131,13 @@ class Writer:
             return Refusal(gone.kind, gone.name, error.reason, error.message)
         return None
 
+    def gone(self, old: Object) -> None:
+        """The watch says that the object is no more: whoever has its name next need not be ours."""
+        meta = old["metadata"]
+        resource = self._watches.find(old["apiVersion"], old["kind"])
+        if resource is not None:
+            self._forget(resource, Key(meta.get("namespace", ""), meta["name"]))
+
     async def _remove(self, resource: Resource, live: Object) -> None:
         """What a deleted namesake of the owner left: the cluster's collector would remove it, in its time."""
         meta = live["metadata"]
