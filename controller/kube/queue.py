@@ -4,8 +4,8 @@ A key is queued at most once and never handled by two workers at a time; a key a
 again afterwards, so the handler always sees a state at least as new as the last `add`. The handler is
 level-triggered: it gets the key, reads the stores, and returns after how many seconds it wants to look again (or
 None). An exception means: again, after 0.2 s, doubling up to `backoff_max_s`, with jitter; a permanent error
-(`KubeError.permanent`) waits for the next `add`; `NotLeaderError` forgets the key. Life cycle: `run()` is a task of
-the owner; `stop()` lets what is in flight end, cancelling `run()` interrupts it.
+(`KubeError.permanent`) waits for the next `add`. Life cycle: `run()` is a task of the owner; `stop()` lets what is in
+flight end, cancelling `run()` interrupts it.
 """
 
 from __future__ import annotations
@@ -204,7 +204,9 @@ class WorkQueue(Generic[K]):
             async with asyncio.timeout(self._timeout_s):
                 again_s = await self._handle(key)
         except NotLeaderError:
-            self._failures.pop(key, None)
+            # The queue ends with its leadership. But a renewal that was under way when the fence fell may save that,
+            # and a key forgotten in between would wait for the next resync.
+            self.add_after(key, self._backoff_first_s)
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is None or task.cancelling():

@@ -153,7 +153,7 @@ def test_an_edit_ends_the_back_off() -> None:
     ("error", "handled", "again_s"),
     [
         (InvalidError(422, "no"), 1, 0.0),
-        (NotLeaderError("no"), 1, 0.0),
+        (NotLeaderError("no"), 2, 0.05),
         (TooManyRequestsError(429, "no", retry_after_s=20), 2, 20.0),
         (asyncio.CancelledError(), 2, 0.05),
         (TimeoutError(), 2, 0.05),
