@@ -21,6 +21,7 @@ Fixtures (in `tests/harness/plugin.py`, loaded for every test by `tests/conftest
     delete(...), get(...), list(...)     by (apiVersion, kind, name, namespace), or `request(method, path, body)`
     set_status(object, **status)         merge-patch the status subresource (as a kubelet or another controller would)
     create_namespace(), remove_namespace(name)
+    start_controllers(names)             the controller manager, where it was not asked for at the start
     stop(), start(), restart()           etcd keeps its data; `start(token_overrides)` rotates tokens
     freeze(), thaw()                     SIGSTOP and SIGCONT of the API server
     freeze_etcd(), thaw_etcd()           the same of etcd: the API server lives, and answers nothing that needs it
@@ -175,10 +176,16 @@ class KubeApi:
                 self._etcd = self._spawn(self._etcd_command(etcd), "etcd.log")
             self._server = self._spawn(self._server_command(apiserver), self.log_file.name)
             if self._wait_ready():
-                if self.controllers and self._controllers is None:
-                    self._controllers = self._spawn(self._controllers_command(), "controllers.log")
+                if self.controllers:
+                    self.start_controllers()
                 return
         raise RuntimeError(f"kube-apiserver does not get ready:\n{self.log_file.read_text()[-3000:]}")
+
+    def start_controllers(self, controllers: Iterable[str] | None = None) -> None:
+        """Start the controller manager if it does not run. Kinds installed later are collected half a minute later."""
+        self.controllers = self.controllers if controllers is None else list(controllers)
+        if self._controllers is None:
+            self._controllers = self._spawn(self._controllers_command(), "controllers.log")
 
     def stop(self, *, kill: bool = False) -> None:
         """End the API server (etcd goes on): like a rolling restart with SIGTERM, like a lost node with `kill`."""
