@@ -1,8 +1,9 @@
 """Status and conditions: written when they differ, and only then; an Event for each transition.
 
 A condition keeps its `lastTransitionTime` until its status changes. What we wrote is remembered until the watch has
-brought it back, so that a pass in between neither writes again nor forgets a time. Fields and condition types of
-others stay: server-side apply touches only what we name. A resource that was deleted meanwhile is no error.
+brought it back, so that a pass in between neither writes again nor forgets a time. Condition types of others stay:
+server-side apply touches only what we name. For the same reason it leaves what we no longer say where somebody else
+has written it, too; that is taken back by a patch. A resource that was deleted meanwhile is no error.
 """
 
 from __future__ import annotations
@@ -96,12 +97,30 @@ class StatusWriter:
         }
         try:
             answer = await self._client.apply(about.resource, body, subresource="status")
+            answer = await self._take_back(about, answer, wanted, foreign)
         except NotFoundError:
             return False
         self._written[slot] = (_number(answer["metadata"]["resourceVersion"]), answer.get("status") or {})
         for verdict in verdicts:
             self._tell(about, verdict, known.get(verdict.type))
         return True
+
+    async def _take_back(
+        self, about: About, answer: Object, wanted: Mapping[str, Any], foreign: frozenset[str]
+    ) -> Object:
+        """Remove what is ours to say and not said, but stood through our apply, because another wrote it."""
+        left = answer.get("status") or {}
+        fields = [key for key, value in left.items() if value and key not in {*wanted, *foreign}]
+        said = {each["type"] for each in wanted["conditions"]}
+        there = left.get("conditions") or []
+        kept = [each for each in there if each["type"] in said or each["type"] not in OURS]
+        if not fields and len(kept) == len(there):
+            return answer
+        patch = {
+            "metadata": {"resourceVersion": answer["metadata"]["resourceVersion"]},
+            "status": {**dict.fromkeys(fields), "conditions": kept},
+        }
+        return await self._client.patch(about.resource, about.name, about.namespace, patch, subresource="status")
 
     def latest(self, about: About) -> Mapping[str, Any]:
         """The status as it is now: what we wrote, while the watch has not brought it back yet."""
