@@ -109,7 +109,8 @@ def _programmed(
     carrying = [item for item in desired.routes if item.get("weight", 1) > 0]
     if not carrying:
         if desired.routes:
-            text = "spec.defaultWeight: all backends have the weight 0, so no traffic is carried"
+            field = "spec.routeConfigs" if endpoint.spec.route_configs else "spec.defaultWeight"
+            text = f"{field}: all backends have the weight 0, so no traffic is carried"
             return Verdict("Programmed", "False", "NoBackends", text)
         names = " or ".join(sorted({endpoint.metadata.name, endpoint.spec.model_name or endpoint.metadata.name}))
         text = f"no application that serves {names} is ready in this namespace, and spec.routeConfigs names none"
