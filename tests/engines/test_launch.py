@@ -174,6 +174,14 @@ def test_options_in_every_spelling_that_argparse_takes_are_known(program, versio
     assert unknown_options(program, version, tokens) == ()
 
 
+def test_a_dynamo_worker_takes_its_engines_options_and_none_of_its_engines_server():
+    worker = dynamo.launch(spec(DYNAMO, args=("--enable-auto-tool-choice", "--dyn-tool-call-parser", "hermes")))
+    (problem,) = worker.problems
+    assert "--enable-auto-tool-choice" in problem.message
+    assert "--dyn-tool-call-parser" not in problem.message
+    assert not dynamo.launch(spec(DYNAMO, args=("--max-num-seqs", "8", "--benchmark-prefill-granularity", "4"))).problems
+
+
 def test_every_option_that_we_generate_is_known_to_the_release_that_we_default_to():
     for stage in Stage:
         for role, size in ((Role.SINGLE, 1), (Role.LEADER, 2), (Role.WORKER, 2)):
