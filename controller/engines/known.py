@@ -1,8 +1,8 @@
 """Options that an engine version is known to take, so that a misspelt one is a condition and no crash loop.
 
 ``known_options.json`` holds long option names drawn from the argument definitions of the released packages
-(vLLM 0.32.0, SGLang 0.5.23, sglang-router 0.3.2, Dynamo 1.6.1 with its vLLM 0.31.0 and SGLang 0.5.21). A version that is not in the table is not
-judged at all: silence is better than refusing what would work.
+(vLLM 0.32.0, SGLang 0.5.23, sglang-router 0.3.2, Dynamo 1.6.1 with its vLLM 0.31.0 and SGLang 0.5.21). A version
+that is not in the table is not judged at all: silence is better than refusing what would work.
 """
 
 from __future__ import annotations

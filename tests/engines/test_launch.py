@@ -179,7 +179,8 @@ def test_a_dynamo_worker_takes_its_engines_options_and_none_of_its_engines_serve
     (problem,) = worker.problems
     assert "--enable-auto-tool-choice" in problem.message
     assert "--dyn-tool-call-parser" not in problem.message
-    assert not dynamo.launch(spec(DYNAMO, args=("--max-num-seqs", "8", "--benchmark-prefill-granularity", "4"))).problems
+    own = ("--max-num-seqs", "8", "--benchmark-prefill-granularity", "4")
+    assert not dynamo.launch(spec(DYNAMO, args=own)).problems
 
 
 def test_every_option_that_we_generate_is_known_to_the_release_that_we_default_to():
