@@ -14,6 +14,8 @@ A worker that is told to stop leaves the discovery at once, and five seconds lat
 (seen with ``dynamo.vllm`` 1.6.1; the mocker waits instead). So it is told only when it is idle: a pre-stop hook waits
 until Kubernetes has taken the pod out of the endpoints and the last request is done. A discovery of the user's own
 knows nothing of Kubernetes' endpoints: there the signal must come first, and the five seconds become the drain time.
+
+Adapters are no option of the worker over vLLM: it loads them when asked, which a post-start hook does.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from controller.engines.model import (
 from controller.engines.stopping import Stopping, stopping
 
 SYSTEM_PORT = 9090
+START_S = 7200
 DISCOVERY_DIRECTORY = "/run/arks-dynamo"
 FRONTEND_METRICS = MetricNames(
     running="dynamo_frontend_inflight_requests",
@@ -62,6 +65,22 @@ _UNTIL_IDLE = (
     " if not any(map(float,re.findall('inflight_requests.*\"generate\".* (.+)',page))):\n"
     "  break\n"
     " time.sleep(1)\n"
+)
+# Before the startup probe is asked for the first time; a worker that cannot load an adapter is started anew.
+_LOAD_ADAPTERS = (
+    "import json,time,urllib.request as r\n"
+    "worker='http://127.0.0.1:{port}'\n"
+    "end=time.monotonic()+{start_s}\n"
+    "while time.monotonic()<end:\n"
+    " try:\n"
+    "  r.urlopen(worker+'/health',timeout=5)\n"
+    "  break\n"
+    " except OSError:\n"
+    "  time.sleep(1)\n"
+    "for asked in {requests}:\n"
+    " q=r.Request(worker+'/v1/loras',json.dumps(asked).encode(),{{'Content-Type':'application/json'}})\n"
+    " answer=json.load(r.urlopen(q,timeout=600))\n"
+    " assert answer['status']=='success',answer\n"
 )
 
 
@@ -162,18 +181,25 @@ def _worker_options(spec: LaunchSpec) -> tuple[list[Option], Mapping[str, str]]:
 
 def _worker_probes() -> Probes:
     return Probes(
-        startup=http_probe("/live", SYSTEM_PORT, period_s=10, timeout_s=5, failures=720),
+        startup=http_probe("/live", SYSTEM_PORT, period_s=10, timeout_s=5, failures=START_S // 10),
         readiness=http_probe("/health", SYSTEM_PORT, period_s=10, timeout_s=5, failures=3),
         liveness=http_probe("/live", SYSTEM_PORT, period_s=10, timeout_s=5, failures=6),
     )
 
 
 def _lifecycle(spec: LaunchSpec, stop: Stopping) -> Mapping[str, object] | None:
-    """The worker's pre-stop hook; a frontend in the same pod has the same, and leaves with it."""
-    if stop.lifecycle is None or discovery(spec) is Discovery.USER:
-        return None
-    script = _UNTIL_IDLE.format(leave_s=stop.leave_s, drain_s=stop.drain_s, port=SYSTEM_PORT)
-    return {"preStop": {"exec": {"command": ["python3", "-c", script]}}}
+    """The worker's hooks."""
+    hooks: dict[str, object] = {}
+    if spec.lora and backend(spec) == "vllm":
+        asked = [{"lora_name": each.name, "source": {"uri": f"file://{each.path}"}} for each in spec.lora]
+        hooks["postStart"] = _python(_LOAD_ADAPTERS.format(port=SYSTEM_PORT, start_s=START_S, requests=asked))
+    if stop.leave_s and discovery(spec) is not Discovery.USER:
+        hooks["preStop"] = _python(_UNTIL_IDLE.format(leave_s=stop.leave_s, drain_s=stop.drain_s, port=SYSTEM_PORT))
+    return hooks or None
+
+
+def _python(script: str) -> dict[str, object]:
+    return {"exec": {"command": ["python3", "-c", script]}}
 
 
 def _problems(spec: LaunchSpec, args: Sequence[str]) -> tuple[Problem, ...]:
@@ -215,13 +241,15 @@ def launch(spec: LaunchSpec) -> Launch:
         {"name": "DYN_SYSTEM_HOST", "value": "0.0.0.0"},
         {"name": "DYN_SYSTEM_USE_ENDPOINT_HEALTH_STATUS", "value": '["generate"]'},
     )
+    if spec.lora:
+        status += ({"name": "DYN_LORA_ENABLED", "value": "true"},)
     if discovery(spec) is Discovery.USER:
         status += ({"name": "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS", "value": str(stop.drain_s)},)
     sidecars: tuple[Sidecar, ...] = ()
     alone = discovery(spec) is Discovery.POD and spec.stage is Stage.WHOLE
     if alone:
         front = frontend(spec)
-        sidecars = (Sidecar("frontend", front.command, front.env, front.ports, front.probes),)
+        sidecars = (Sidecar("frontend", front.command, front.env, front.ports, front.probes, front.lifecycle),)
     return Launch(
         command,
         env=_environment(spec, *status, *env),

@@ -141,6 +141,7 @@ class Sidecar:
     env: tuple[Mapping[str, Any], ...]
     ports: tuple[tuple[str, int], ...]
     probes: Probes
+    lifecycle: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

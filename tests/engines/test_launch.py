@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import threading
+from typing import ClassVar
 
 import pytest
 
@@ -245,41 +246,76 @@ def test_a_dynamo_worker_is_ready_only_when_its_endpoint_is():
     assert "/v1/models" in ready[2]
 
 
-class Counting(http.server.BaseHTTPRequestHandler):
+class Status(http.server.BaseHTTPRequestHandler):
     """A worker's status server, whose running requests end one by one as they are counted."""
 
     running = 0
+    adapters: ClassVar[list] = []
+    verdict = "success"
 
     def do_GET(self):
-        type(self).running -= 1
-        page = f'dynamo_component_inflight_requests{{dynamo_endpoint="generate",worker_id="1"}} {self.running}\n'
+        page = ""
+        if self.path == "/metrics":
+            type(self).running -= 1
+            page = f'dynamo_component_inflight_requests{{dynamo_endpoint="generate",worker_id="1"}} {self.running}\n'
+        self._answer(page)
+
+    def do_POST(self):
+        assert (self.path, self.headers["Content-Type"]) == ("/v1/loras", "application/json")
+        self.adapters.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self._answer(json.dumps({"status": self.verdict}))
+
+    def _answer(self, text):
         self.send_response(200)
         self.end_headers()
-        self.wfile.write(page.encode())
+        self.wfile.write(text.encode())
 
     def log_message(self, *_):
         pass
 
 
+def run_hook(hook):
+    """Its exit status, against `Status`, without its pauses."""
+    python, option, script = hook["exec"]["command"]
+    assert (python, option) == ("python3", "-c")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Status) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        script = (
+            script.replace("time.sleep(15)", "")
+            .replace("time.sleep(1)", "pass")
+            .replace("9090", str(server.server_port))
+        )
+        ended = subprocess.run([sys.executable, "-c", script], check=False, timeout=30, capture_output=True)
+        server.shutdown()
+    return ended.returncode
+
+
 def test_a_dynamo_worker_hears_of_its_end_when_it_is_idle_for_it_aborts_what_runs():
     launch = dynamo.launch(spec(DYNAMO, grace_s=60))
-    python, _, script = launch.lifecycle["preStop"]["exec"]["command"]
-    assert python == "python3"
-    assert "time.sleep(15)\n" in script
-    Counting.running = 3
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Counting) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        quick = (
-            script.replace("time.sleep(15)", "").replace("time.sleep(1)", "").replace(":9090", f":{server.server_port}")
-        )
-        assert subprocess.run([sys.executable, "-c", quick], check=False, timeout=30).returncode == 0
-        server.shutdown()
-    assert Counting.running == 0
+    assert "time.sleep(15)\n" in launch.lifecycle["preStop"]["exec"]["command"][2]
+    Status.running = 3
+    assert run_hook(launch.lifecycle["preStop"]) == 0
+    assert Status.running == 0
     (front,) = launch.sidecars
     drain = {item["name"]: item.get("value") for item in front.env}["DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS"]
     assert int(drain) == 30
     assert 15 + int(drain) < launch.grace_s
+    assert front.lifecycle == {"preStop": {"exec": {"command": ["sleep", "15"]}}}
     assert dynamo.launch(spec(DYNAMO, grace_s=0)).lifecycle is None
+
+
+@pytest.mark.parametrize(("verdict", "status"), [("success", 0), ("error", 1)])
+def test_a_dynamo_worker_is_asked_to_load_its_adapters_before_it_is_ready(verdict, status):
+    launch = dynamo.launch(
+        spec(DYNAMO, lora=(LoraAdapter("sql", "/adapters/it's 0"), LoraAdapter("law", "/adapters/1")))
+    )
+    Status.adapters, Status.verdict = [], verdict
+    assert run_hook(launch.lifecycle["postStart"]) == status
+    asked = [(each["lora_name"], each["source"]["uri"]) for each in Status.adapters]
+    assert asked == [("sql", "file:///adapters/it's 0"), ("law", "file:///adapters/1")][: 2 - status]
+    assert {"name": "DYN_LORA_ENABLED", "value": "true"} in launch.env
+    assert "--enable-lora" in launch.command
+    assert "postStart" not in dynamo.launch(spec(DYNAMO)).lifecycle
 
 
 def test_a_dynamo_worker_in_the_users_discovery_leaves_it_first_and_then_drains():

@@ -155,8 +155,8 @@ def _sidecar(item: Sidecar, image: str, instance: Object, launch: Launch) -> Obj
         "volumeMounts": [{"name": name, "mountPath": path} for name, path in launch.scratch],
         **_probes(item.probes, {}),
     }
-    if launch.lifecycle:
-        container["lifecycle"] = dict(launch.lifecycle)
+    if item.lifecycle:
+        container["lifecycle"] = dict(item.lifecycle)
     if "securityContext" in instance:
         container["securityContext"] = instance["securityContext"]
     # It reads the model's tokenizer and configuration, so it sees the weights too.
