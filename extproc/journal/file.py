@@ -132,6 +132,14 @@ def open_database(path: Path, *, was_there: bool = False) -> sqlite3.Connection:
     return connection
 
 
+def check(db: sqlite3.Connection) -> None:
+    """Read all of it again. Raises sqlite3.DatabaseError where it is not whole."""
+    # What the connection remembers of lost pages proves nothing.
+    db.execute("PRAGMA shrink_memory")
+    if db.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
+        raise sqlite3.DatabaseError("not whole")
+
+
 def put_back(db: sqlite3.Connection, path: Path) -> sqlite3.Connection:
     """The connection to a new file of all that `db` holds, whose own was taken away. What lies there is kept aside.
 

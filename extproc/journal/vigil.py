@@ -6,32 +6,37 @@ and gives every quota anew.
 
 from pathlib import Path
 
-from extproc.journal.errors import StateUnreadable
-
 
 class Vigil:
     """Over the files that a process has open."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._log = path.with_name(f"{path.name}-wal")
         self._seen: dict[Path, tuple[int, int]] = {}
-        self._size_bytes = 0
-        self.broken()
+        self._size_bytes = path.stat().st_size
+        self.gone()
 
-    def broken(self) -> bool:
-        """Whether one of them is gone, or another is in its place. Raises StateUnreadable where one was cut short."""
-        for path in (self._path, self._path.with_name(f"{self._path.name}-wal")):
-            try:
-                found = path.stat()
-            except OSError:
-                if path in self._seen:
-                    return True
-                continue
-            if self._seen.setdefault(path, (found.st_dev, found.st_ino)) != (found.st_dev, found.st_ino):
-                return True
-            if path is self._path:
-                # Without VACUUM a database never shrinks.
-                if found.st_size < self._size_bytes:
-                    raise StateUnreadable(f"{path} was cut short")
-                self._size_bytes = found.st_size
+    def gone(self) -> bool:
+        """Whether one of them is not there any more, or another is in its place."""
+        return self._changed(self._path) or self._changed(self._log)
+
+    def shrunk(self) -> bool:
+        """Whether the database is smaller than it was: after a VACUUM it may be, whole it is not otherwise."""
+        size_bytes = self._path.stat().st_size
+        if size_bytes < self._size_bytes:
+            return True
+        self._size_bytes = size_bytes
         return False
+
+    def accept(self) -> None:
+        """The present size is right."""
+        self._size_bytes = self._path.stat().st_size
+
+    def _changed(self, path: Path) -> bool:
+        try:
+            found = path.stat()
+        except OSError:
+            return path in self._seen
+        identity = found.st_dev, found.st_ino
+        return self._seen.setdefault(path, identity) != identity

@@ -196,8 +196,11 @@ class Journal:
         """Everything queued at the call, a bounded batch in each transaction. False: it failed, see `status`."""
         try:
             self._flush_began = time.monotonic()
-            if self._vigil.broken():
+            if self._vigil.gone():
                 self._put_back()
+            if self._vigil.shrunk():
+                file.check(self._db)
+                self._vigil.accept()
             for _ in range(1 + self._queued() // BATCH_ROWS):
                 self._flush_began = time.monotonic()
                 for source in self._sources:
