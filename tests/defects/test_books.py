@@ -36,10 +36,10 @@ STREAMS, PLAIN, FAILED = 3, 2, 1
 TOKENS = 25
 REQUEST_ID = "request-1"
 PROMPT = "All that the prompt says. " * 800
-"""20 KB: what is kept of 2 000 requests would show"""
+"""20 KB: what is kept of thousands of requests would show"""
 WARM, REQUESTS, AT_ONCE = 400, 2000, 40
-MOST_GROWTH_MB = 16
-"""a quarter of what is kept where every second request leaves its prompt behind"""
+MOST_GROWTH_MB = 12
+"""where every second request leaves its prompt behind, it is 20"""
 
 
 @pytest.fixture(scope="module")

@@ -95,12 +95,43 @@ async def test_defect_06_counters_taken_away_from_a_running_gateway_are_put_back
 async def test_defect_06_counters_cut_short_under_a_running_gateway_are_told_and_refused(engine, session, tmp_path):
     with running_gateway(tmp_path, POLICY, [engine]) as gateway:
         await spend(gateway, session)
-        os.truncate(gateway.state / "arks.db", 0)
+    # All is in the file now, nothing in its log.
+    with running_gateway(tmp_path, None, [engine]) as gateway:
+        assert await ask(gateway, session) == SPENT
+        os.truncate(gateway.state / "arks.db", 4096)
         await eventually(lambda: ask(gateway, session), lambda told: told == (503, "limits_unavailable"))
         told = await gateway.ready(session)
         assert told["status"] == 503
         assert told["checks"]["journal"]["writing"] is False
         assert "arks_journal_working 0.0" in await gateway.metrics(session)
+    with pytest.raises(AssertionError, match=r"arks\.db"), running_gateway(tmp_path, None, [engine]):
+        pass
+
+
+def test_a_database_that_its_operator_compacts_is_whole(tmp_path: Path):
+    journal = Journal(tmp_path)
+    ledger = SqliteLedger(journal)
+    journal.start()
+    for number in range(20_000):
+        ledger.append(record(f"r{number:05}"))
+    assert journal.flush()
+    before = checkpointed(tmp_path)
+    with contextlib.closing(sqlite3.connect(tmp_path / "arks.db", isolation_level=None)) as operator:
+        operator.execute("DELETE FROM usage WHERE id > 'r00010'")
+        operator.execute("VACUUM")
+    assert checkpointed(tmp_path) < before / 2
+    ledger.append(record("after"))
+    assert journal.flush()
+    assert journal.status.ok
+    assert journal.close()
+    assert len(query(tmp_path)) == 12
+
+
+def checkpointed(state: Path) -> int:
+    """The file's size once all of its log is in it."""
+    with contextlib.closing(sqlite3.connect(state / "arks.db", isolation_level=None)) as db:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    return (state / "arks.db").stat().st_size
 
 
 def emptied(state: Path) -> None:
