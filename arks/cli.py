@@ -243,7 +243,7 @@ def _add_controller(commands: "argparse._SubParsersAction[argparse.ArgumentParse
 def _run_controller(chosen: argparse.Namespace) -> int:
     configure_logging(chosen.log_level, chosen.log_format)
     from controller.app import run  # noqa: PLC0415 - loads the Kubernetes side, for this command alone
-    from controller.engines.images import VARIABLES  # noqa: PLC0415
+    from controller.engines.images import VARIABLES  # noqa: PLC0415 - see above
     from controller.kube.errors import CredentialsError  # noqa: PLC0415
     from controller.settings import ControllerSettings  # noqa: PLC0415
 

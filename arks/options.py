@@ -116,7 +116,7 @@ def unread_variables(parser: argparse.ArgumentParser, read: Iterable[str] = ()) 
     for each in pending:
         for action in each._actions:  # noqa: SLF001 - argparse has no other way to ask
             known.update(variable(flag) for flag in action.option_strings if flag.startswith("--"))
-            if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001
+            if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001 - see above
                 pending += action.choices.values()
     given = (name for name in os.environ if name.startswith("ARKS_"))
     return sorted(name for name in given if name not in known and not _SERVICE_LINK.search(name))
