@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Hashable
 from typing import Any
 
 import msgspec
@@ -35,6 +37,12 @@ _status = msgspec.json.Decoder(dict[str, Any]).decode
 _typed = decoder(ArksToken)
 
 
+@functools.lru_cache(4096)
+def _kept(value: Hashable) -> Any:
+    """The first of equal values. Tokens differ in their secrets, seldom in what they allow and what is said of them."""
+    return value
+
+
 class TokenView(msgspec.Struct, frozen=True, gc=False):
     fragment: TokenFragment
     qos: tuple[tuple[str, str], ...]
@@ -55,14 +63,15 @@ def decode_token(raw: bytes) -> TokenView:
     token, known = _typed(raw), _raw(raw)
     made = fragment(token)
     assert isinstance(made, TokenFragment)
+    record = msgspec.structs.replace(made.record, grants=_kept(made.record.grants))
     return TokenView(
-        made,
-        tuple((item.arks_endpoint.name, item.quota.name if item.quota else "") for item in token.spec.qos),
+        msgspec.structs.replace(made, record=record),
+        _kept(tuple((item.arks_endpoint.name, item.quota.name if item.quota else "") for item in token.spec.qos)),
         known.metadata.uid,
         known.metadata.generation,
         known.metadata.deletion_timestamp is not None,
         tuple(known.metadata.finalizers),
-        bytes(known.status),
+        _kept(bytes(known.status)),
     )
 
 

@@ -16,7 +16,7 @@ from apis.resources import ArksApplication, ArksDisaggregatedApplication, ArksEn
 from apis.resources.base import LocalObjectReference
 from apis.resources.model import HubSource, OciSource, S3Source
 from controller.kube import resource as core
-from controller.kube.client import Client, Decode, Object, decoder
+from controller.kube.client import Client, Decode, Object
 from controller.kube.discovery import Discovery
 from controller.kube.reflector import Reflector
 from controller.kube.resource import Key, Resource
@@ -24,7 +24,14 @@ from controller.kube.store import Store
 from controller.reconcile import kinds
 from controller.reconcile.desired.application import served_name
 from controller.reconcile.desired.storage import storage_of
-from controller.reconcile.objects import decode_node, decode_object, decode_pod, decode_secret, owners
+from controller.reconcile.objects import (
+    decode_node,
+    decode_object,
+    decode_pod,
+    decode_resource,
+    decode_secret,
+    owners,
+)
 from controller.reconcile.tokens import Holders, TokenView, decode_token
 from controller.workloads.model import APPLICATION_LABEL, GVK, MODEL_LABEL, Observed
 
@@ -80,11 +87,13 @@ class Watches:
 
     def _always(self) -> None:
         ours = kinds.ARKS
-        self._reflect(ours["ArksApplication"], self.applications, decoder(ArksApplication))
-        self._reflect(ours["ArksDisaggregatedApplication"], self.disaggregated, decoder(ArksDisaggregatedApplication))
-        self._reflect(ours["ArksEndpoint"], self.endpoints, decoder(ArksEndpoint))
-        self._reflect(ours["ArksModel"], self.models, decoder(ArksModel))
-        self._reflect(ours["ArksQuota"], self.quotas, decoder(ArksQuota))
+        self._reflect(ours["ArksApplication"], self.applications, decode_resource(ArksApplication))
+        self._reflect(
+            ours["ArksDisaggregatedApplication"], self.disaggregated, decode_resource(ArksDisaggregatedApplication)
+        )
+        self._reflect(ours["ArksEndpoint"], self.endpoints, decode_resource(ArksEndpoint))
+        self._reflect(ours["ArksModel"], self.models, decode_resource(ArksModel))
+        self._reflect(ours["ArksQuota"], self.quotas, decode_resource(ArksQuota))
         # A token that became unreadable must not stay valid in its last good form.
         self._reflect(ours["ArksToken"], self.tokens, decode_token, keep_last_good=False)
         self._reflect(core.SECRETS, self.secrets, decode_secret, fields=_SECRETS, keep_last_good=False)
