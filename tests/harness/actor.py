@@ -11,7 +11,8 @@ async with Actor(api, namespace) as actor:
     actor.message = "..."                 termination message of a download's pod
     actor.gateways = False                no answers to routes
 
-With a `Kubelet`, pods are no longer ready because we say so: they run, and leave as they do on a node.
+With a `Kubelet`, pods are no longer ready because we say so: they run, and leave as they do on a node. With a
+`KubeProxy`, Services' own addresses lead to them.
 
 with in_a_thread(actor):                  it acts whatever the caller's thread is doing; after a change `actor.wake()`
 """
@@ -31,13 +32,15 @@ from controller.kube.client import Client, decoder
 from controller.kube.credentials import from_kubeconfig
 from controller.kube.errors import AlreadyExistsError, KubeError, NotFoundError
 from controller.kube.reflector import Reflector
-from controller.kube.resource import PERSISTENT_VOLUME_CLAIMS, PODS, Key, Resource
+from controller.kube.resource import PERSISTENT_VOLUME_CLAIMS, PODS, SERVICES, Key, Resource
 from controller.kube.store import Store
+from tests.harness.kube_proxy import KubeProxy
 from tests.harness.kubelet import Kubelet
 from tests.harness.kubernetes import KubeApi, Object
 
 LWS = Resource("leaderworkerset.x-k8s.io", "v1", "leaderworkersets", "LeaderWorkerSet")
 RBG = Resource("workloads.x-k8s.io", "v1alpha2", "rolebasedgroups", "RoleBasedGroup")
+SLICES = Resource("discovery.k8s.io", "v1", "endpointslices", "EndpointSlice")
 ROUTES = Resource("gateway.networking.k8s.io", "v1", "httproutes", "HTTPRoute")
 JOB_LABEL = "batch.kubernetes.io/job-name"
 INDEX_LABEL = "leaderworkerset.sigs.k8s.io/worker-index"
@@ -53,6 +56,7 @@ class Actor:
         *,
         kinds: Iterable[Resource] = (LWS, RBG, ROUTES),
         kubelet: Kubelet | None = None,
+        proxy: KubeProxy | None = None,
     ) -> None:
         self.serving: Callable[[Object], bool] = lambda _pod: True
         self.loader: Literal["succeed", "fail", "hold"] = "succeed"
@@ -60,7 +64,7 @@ class Actor:
         self.gateways = True
         self._client = Client(from_kubeconfig(str(api.kubeconfig())), field_manager="actor")
         self._namespace = namespace
-        self._node = kubelet
+        self._node, self._proxy = kubelet, proxy
         # What runs on a node leaves in its own time; what we only pretend is gone at once.
         self._grace_s = 0 if kubelet is None else None
         self._changed = asyncio.Event()
@@ -69,7 +73,8 @@ class Actor:
         self._addresses = itertools.count(1)
         self._stores: dict[str, Store[Object]] = {}
         self._tasks: list[asyncio.Task[None]] = []
-        self._reflectors = [self._reflect(kind) for kind in (PODS, PERSISTENT_VOLUME_CLAIMS, *kinds)]
+        proxied = () if proxy is None else (SERVICES, SLICES)
+        self._reflectors = [self._reflect(kind) for kind in (PODS, PERSISTENT_VOLUME_CLAIMS, *proxied, *kinds)]
 
     def _reflect(self, resource: Resource) -> Reflector[Object]:
         def changed(_key: Key, _new: Object | None, _old: Object | None) -> None:
@@ -131,6 +136,8 @@ class Actor:
             await self._group(item)
         await self._claims()
         await self._orphans()
+        if self._proxy is not None:
+            self._proxy.see(self._stores["Service"].values(), self._stores["EndpointSlice"].values())
         if self._node is not None:
             self._node.see([pod for pod in self._stores["Pod"].values() if not _is_loader(pod)])
         for pod in self._items("Pod"):

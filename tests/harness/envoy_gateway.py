@@ -37,6 +37,8 @@ HELM_VERSION = "3.21.4"
 ENVOY_VERSION = "1.40.0"
 ADDRESS = "10.254.0.1"
 """of the room that Envoy Gateway runs in: that of its Envoy; programs that play pods may have others beside it"""
+SERVICES = "10.96.0.1"
+"""of those that the API server gives to Services: the room has them too, for a `KubeProxy`"""
 NAMESPACE = "envoy-gateway-system"
 READY_TIMEOUT_S = 60.0
 
@@ -251,7 +253,8 @@ class EnvoyGateway:
         self.api, self.folder, self._deploys = api, folder, deploys
         self.log = folder / "envoy-gateway.log"
         self._certificates = folder / "certificates"
-        self.room = NetworkRoom(folder / "room", ADDRESS, {**(folders or {}), "/certs": self._certificates})
+        mounted = {**(folders or {}), "/certs": self._certificates}
+        self.room = NetworkRoom(folder / "room", ADDRESS, mounted, [SERVICES])
         self._process: Resident | None = None
 
     def __enter__(self) -> Self:

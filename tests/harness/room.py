@@ -5,12 +5,13 @@
         process = room.spawn(["envoy-gateway", ...], log, environ)       ends with the room at the latest
         path = room.reach("10.254.0.1", 80)      unix socket that leads to this address inside
         path = room.reach_unix("/run/x.sock")    nothing to do: unix sockets are files, and files are shared
+        room.forward("10.96.0.7:80", ["10.254.0.9:8080"])                connections inside go on to one of these
 
 The room is a process in a user, network and mount namespace that it makes itself, so no rights are needed where the
-kernel lets users make them; `NoRoomError` where it does not. Inside there is loopback with all of the /24 that holds
-`address`, and the machine's files with `folders` added at paths that the machine need not have. Bytes cross the border
-through unix sockets. All that ran inside ends with it: it is the first process of a PID namespace too. Any thread may
-call.
+kernel lets users make them; `NoRoomError` where it does not. Inside there is loopback with all of the /24s that hold
+`address` and `more`, and the machine's files with `folders` added at paths that the machine need not have. Bytes cross
+the border through unix sockets. All that ran inside ends with it: it is the first process of a PID namespace too. Any
+thread may call.
 """
 
 from __future__ import annotations
@@ -69,8 +70,11 @@ class Resident:
 
 
 class NetworkRoom:
-    def __init__(self, folder: Path, address: str, folders: Mapping[str, Path] | None = None) -> None:
+    def __init__(
+        self, folder: Path, address: str, folders: Mapping[str, Path] | None = None, more: Sequence[str] = ()
+    ) -> None:
         self.folder, self.address, self._folders = folder, address, dict(folders or {})
+        self._addresses = [address, *more]
         self._process: subprocess.Popen[str] | None = None
         self._sockets = 0
         self._one_asks = threading.Lock()
@@ -78,8 +82,8 @@ class NetworkRoom:
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
-        plan = {"root": str(self.folder / "root"), "address": self.address}
-        plan["folders"] = {where: str(what) for where, what in self._folders.items()}  # type: ignore[assignment]
+        folders = {where: str(what) for where, what in self._folders.items()}
+        plan = {"root": str(self.folder / "root"), "addresses": self._addresses, "folders": folders}
         command = [sys.executable, "-m", "tests.harness.room", json.dumps(plan)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
@@ -124,6 +128,10 @@ class NetworkRoom:
         path = self._path()
         self._ask(op="link", listen=f"unix:{path}", target=f"{host}:{port}")
         return path
+
+    def forward(self, listen: str, targets: Sequence[str]) -> None:
+        """In place of what was said of `listen` before. Without targets, connections there are refused."""
+        self._ask(op="forward", listen=listen, targets=list(targets))
 
     def admit(self, port: int) -> None:
         """127.0.0.1:port there leads to 127.0.0.1:port here."""
@@ -216,15 +224,16 @@ def _furnish(source: Path, place: Path, folders: Mapping[Path, str]) -> None:
             _furnish(entry, place / entry.name, below)
 
 
-def _build_network(address: str) -> None:
+def _build_network(addresses: Sequence[str]) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
 
         def of(name: str, ip: str) -> bytes:
             return struct.pack("16sHH4s8x", name.encode(), socket.AF_INET, 0, socket.inet_aton(ip))
 
         ioctl(control, _SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", _IFF_UP))
-        ioctl(control, _SIOCSIFADDR, of("lo:1", address))
-        ioctl(control, _SIOCSIFNETMASK, of("lo:1", "255.255.255.0"))
+        for number, address in enumerate(addresses, 1):
+            ioctl(control, _SIOCSIFADDR, of(f"lo:{number}", address))
+            ioctl(control, _SIOCSIFNETMASK, of(f"lo:{number}", "255.255.255.0"))
     # Ports below 1024 too, whoever we are.
     Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").write_text("0")
 
@@ -233,6 +242,7 @@ class _Inside:
     def __init__(self) -> None:
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._servers: list[asyncio.Server] = []
+        self._forwards: dict[str, tuple[asyncio.Server, list[str]]] = {}
 
     async def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         match request["op"]:
@@ -248,8 +258,20 @@ class _Inside:
             case "signal":
                 self._processes[request["process"]].send_signal(request["number"])
             case "link":
-                self._servers.append(await _link(request["listen"], request["target"]))
+                self._servers.append(await _link(request["listen"], [request["target"]]))
+            case "forward":
+                await self._forward(request["listen"], request["targets"])
         return {}
+
+    async def _forward(self, listen: str, targets: list[str]) -> None:
+        known = self._forwards.get(listen)
+        if known is not None and targets:
+            known[1][:] = targets
+        elif known is not None:
+            del self._forwards[listen]
+            known[0].close()
+        elif targets:
+            self._forwards[listen] = (await _link(listen, targets), targets)
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -269,8 +291,12 @@ class _Inside:
             await asyncio.sleep(0.02)
 
 
-async def _link(listen: str, target: str) -> asyncio.Server:
+async def _link(listen: str, targets: list[str]) -> asyncio.Server:
+    """`targets` are taken in turn; the list may be changed."""
+
     async def accepted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        target = targets.pop(0)
+        targets.append(target)
         try:
             there, back = await _opened(target)
         except OSError:
@@ -306,7 +332,7 @@ async def _pipe(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> Non
 
 
 async def _link_for_ever(listen: str, target: str) -> None:
-    async with await _link(listen, target) as server:
+    async with await _link(listen, [target]) as server:
         await server.serve_forever()
 
 
@@ -331,7 +357,7 @@ def _main() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
         _build_root(Path(plan["root"]), plan["folders"])
-        _build_network(plan["address"])
+        _build_network(plan["addresses"])
     except OSError as error:
         print(json.dumps({"error": f"no room here: {error}"}), flush=True)
         return

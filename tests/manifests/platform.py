@@ -20,6 +20,7 @@ import aiohttp
 from tests.harness.actor import LWS, RBG, Actor, in_a_thread
 from tests.harness.envoy_gateway import EnvoyGateway, on_this_host
 from tests.harness.gateway import Gateway
+from tests.harness.kube_proxy import KubeProxy
 from tests.harness.kubelet import Kubelet
 from tests.harness.kubernetes import CONTROLLERS, KubeApi, Object
 from tests.reconcile.conftest import Room
@@ -63,7 +64,8 @@ class Platform:
             self.api.apply(STAND_INS)
             self.gateway = stack.enter_context(EnvoyGateway(self.api, self._folder / "gateway", folders=self._mounts))
             kubelet = Kubelet(self.api, self.gateway.room, self._program, self._folder / "pods", self._mounts)
-            self.actor = Actor(self.api, "", kinds=(LWS, RBG), kubelet=kubelet)
+            proxy = KubeProxy(self.gateway.room)
+            self.actor = Actor(self.api, "", kinds=(LWS, RBG), kubelet=kubelet, proxy=proxy)
             stack.enter_context(in_a_thread(self.actor))
             self.entrance = self.gateway.entrance(80)
             self._stack = stack.pop_all()
