@@ -109,8 +109,9 @@ async def test_an_engine_that_is_not_ready_gets_nothing_whatever_a_client_says(t
             await (await engine.post("/sim/faults", json={"health_status": 503})).read()
             await room.until("Pod", name, lambda item: not ready(item))
             await room.until("ArksApplication", LEFT, lambda item: item["status"]["readyReplicas"] == 0)
-            while (await ask(session, RICH))[1]["model"] == name:  # extproc hears of it a moment later
-                pass
+            async with asyncio.timeout(30):
+                while name in [(await ask(session, RICH))[1]["model"] for _ in range(4)]:  # extproc hears of it later
+                    pass
             before = await generated(platform, pod)
             pinned = {PIN_HEADER: f"{pod['status']['podIP']}:8080"}
             forged = {**pinned, "model": MODEL, "namespace": TENANT, "username": "rich"}
@@ -123,7 +124,9 @@ async def test_an_engine_that_is_not_ready_gets_nothing_whatever_a_client_says(t
             assert await generated(platform, pod) == before
         finally:
             await (await engine.post("/sim/faults", json={})).read()
-    await room.until("ArksApplication", LEFT, lambda item: item["status"]["readyReplicas"] == 1)
+    async with asyncio.timeout(30):
+        while (await ask(session, RICH))[1]["model"] != name:  # it has its share again
+            pass
 
 
 async def test_a_client_that_left_and_an_engine_that_died_are_told_apart_by_the_access_log(platform, session):
@@ -148,8 +151,7 @@ async def test_without_extproc_nothing_passes(tenant, platform, session):
         await wait_for(lambda: not system.list("Pod"))
         for headers in (RICH, {**RICH, "model": MODEL, "namespace": TENANT}):
             async with session.post("/v1/chat/completions", json=CHAT, headers=headers) as answer:
-                # Envoy's own 503, or Envoy Gateway's 500 as soon as it sees that there is nobody to ask.
-                assert answer.status in {500, 503}
+                assert answer.status == 503
         assert [await generated(platform, pod) for pod in engines] == before
     finally:
         scale_extproc(platform, 1)
