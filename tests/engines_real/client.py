@@ -55,10 +55,10 @@ class Client:
 
     @contextlib.asynccontextmanager
     async def stream(self, path: str, body: dict[str, Any]) -> AsyncIterator[tuple[str, AsyncIterator[str]]]:
-        """(request id, data of each event as it comes); leaving closes the connection."""
+        """(request id, empty where no gateway gives one; data of each event as it comes); leaving closes it all."""
         async with self.session.post(self.url + path, json=body, headers=self.headers) as answer:
             assert answer.status == 200, await answer.text()
-            yield answer.headers["x-request-id"], _data(answer)
+            yield answer.headers.get("x-request-id", ""), _data(answer)
             answer.close()
 
 

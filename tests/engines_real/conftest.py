@@ -31,6 +31,8 @@ POLICY = policy(
 )
 TEST_TIMEOUT_S = 600
 """the first test of an engine waits for its start"""
+SLOW_START = pytest.mark.timeout(1200)
+"""for modules that start several engines at once"""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -42,7 +44,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     for item in ours:
         item.add_marker("engines")
-        item.add_marker(pytest.mark.timeout(TEST_TIMEOUT_S))
+        if item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(TEST_TIMEOUT_S))
     # What closes the books on the shared engine comes after all that use it, what kills it last of all.
     last = {"test_ledger_equals_counters.py": 1, "test_engine_core_killed.py": 2}
     ours.sort(key=lambda item: last.get(item.path.name, 0))
