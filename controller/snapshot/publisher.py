@@ -43,6 +43,7 @@ T = TypeVar("T")
 ENDPOINT_SLICES: Final = Resource("discovery.k8s.io", "v1", "endpointslices", "EndpointSlice")
 BACKENDS: Final = ("gateway.envoyproxy.io", "Backend", ("v1alpha1",))
 WINDOW_S: Final = 0.005
+_NO_LOADS: Final = FollowResponse(load=Load()).SerializeToString()
 _POLICY_KINDS: Final = ("ArksToken", "ArksQuota", "ArksEndpoint", "Secret")
 
 _log = structlog.get_logger(__name__)
@@ -69,6 +70,8 @@ class Publisher:
         self._addresses = Addresses()
         self._compiled = Compiled(watches, self._addresses, self._weigh_now)
         self.loads = follower or LoadFollower(watches.endpoints.get, self._compiled.engines)
+        self._told: dict[str, tuple[EngineLoad, bytes]] = {}
+        """each engine's load, and how it was told"""
         self._stale = asyncio.Event()
         self._reflectors: dict[str, Reflector[Any]] = {}
         self._discovered = asyncio.Event()
@@ -210,18 +213,26 @@ class Publisher:
     def _tell_loads(self, loads: Mapping[str, EngineLoad]) -> None:
         if not loads and not self.feed.load:
             return
-        engines = [
-            WireLoad(
-                address=each.address,
-                running=each.running,
-                waiting=each.waiting,
-                kv_usage=each.kv_usage,
-                healthy=each.healthy,
-                ttft_s=each.ttft_s,
-            )
-            for each in loads.values()
-        ]
-        self.feed.tell_load(FollowResponse(load=Load(engines=engines)).SerializeToString())
+        told: dict[str, tuple[EngineLoad, bytes]] = {}
+        for address, load in loads.items():
+            known = self._told.get(address)
+            told[address] = known if known is not None and known[0] is load else (load, _piece(load))
+        self._told = told
+        # Messages written one behind the other are one message with the lists of all: of thousands of engines only
+        # those that were looked at since are encoded anew.
+        self.feed.tell_load(b"".join(piece for _, piece in told.values()) or _NO_LOADS)
+
+
+def _piece(load: EngineLoad) -> bytes:
+    engine = WireLoad(
+        address=load.address,
+        running=load.running,
+        waiting=load.waiting,
+        kv_usage=load.kv_usage,
+        healthy=load.healthy,
+        ttft_s=load.ttft_s,
+    )
+    return FollowResponse(load=Load(engines=[engine])).SerializeToString()
 
 
 def _malformed(_kind: str, _key: Key) -> None:

@@ -32,16 +32,23 @@ Changed = Callable[[Key], None]
 _log = structlog.get_logger(__name__)
 
 
+_Inputs = tuple[ArksEndpoint, Sequence[Backend], dict[str, list[EngineLoad]]]
+
+
 class _Followed:
     """One endpoint with weightPolicy load."""
 
-    __slots__ = ("backends", "route", "route_at_s", "shares")
+    __slots__ = ("backends", "rested_on", "route", "route_at_s", "shares", "weights")
 
     def __init__(self) -> None:
         self.backends: Sequence[Backend] = ()
         self.shares: dict[str, Share] = {}
+        self.weights: dict[str, int] = {}
+        """of the shares"""
         self.route: dict[str, int] = {}
         self.route_at_s = float("-inf")
+        self.rested_on: _Inputs | None = None
+        """what a step was made of that moved nothing: from the same, none will"""
 
 
 class LoadFollower:
@@ -90,7 +97,7 @@ class LoadFollower:
             return backends
         if {each.application for each in backends} != followed.shares.keys():
             self._step_one(endpoint, followed)
-        return [replace(each, weight=followed.shares[each.application].weight) for each in backends]
+        return [replace(each, weight=followed.weights[each.application]) for each in backends]
 
     def weigh_route(self, endpoint: ArksEndpoint, backends: Sequence[Backend]) -> Sequence[Backend]:
         """For the HTTPRoute: shares of a while ago, unless backends came or went."""
@@ -126,9 +133,7 @@ class LoadFollower:
             if endpoint is None or endpoint.spec.weight_policy != "load":
                 del self._followed[key]
                 continue
-            before = {name: share.weight for name, share in followed.shares.items()}
-            self._step_one(endpoint, followed)
-            if {name: share.weight for name, share in followed.shares.items()} != before:
+            if self._step_one(endpoint, followed):
                 for tell in self._on_shares:
                     tell(key)
             if self._route_due(followed):
@@ -157,7 +162,8 @@ class LoadFollower:
                     found.update(self._engines(endpoint, backend.application))
         return found
 
-    def _step_one(self, endpoint: ArksEndpoint, followed: _Followed) -> None:
+    def _step_one(self, endpoint: ArksEndpoint, followed: _Followed) -> bool:
+        """Whether any weight moved. Of a thousand endpoints few have news within a second: the others cost a look."""
         known = self.scraper.loads
         loads = {
             each.application: [
@@ -165,11 +171,18 @@ class LoadFollower:
             ]
             for each in followed.backends
         }
-        followed.shares = weights_for(endpoint, followed.backends, loads, followed.shares, self._damping)
+        inputs = endpoint, followed.backends, loads
+        if followed.rested_on is not None and _same(followed.rested_on, inputs):
+            return False
+        shares = weights_for(endpoint, followed.backends, loads, followed.shares, self._damping)
+        followed.rested_on = inputs if shares == followed.shares else None
+        followed.shares = shares
+        before, followed.weights = followed.weights, {name: share.weight for name, share in shares.items()}
+        return followed.weights != before
 
     def _route_due(self, followed: _Followed) -> bool:
-        now = {name: share.weight for name, share in followed.shares.items()}
-        if self._clock() - followed.route_at_s < ROUTE_S or not followed.route or now == followed.route:
+        now = followed.weights
+        if not followed.route or now == followed.route or self._clock() - followed.route_at_s < ROUTE_S:
             return False
         if any((now.get(name, 0) > 0) != (weight > 0) for name, weight in followed.route.items()):
             return True
@@ -177,8 +190,13 @@ class LoadFollower:
         return any(abs(now.get(name, 0) / total - was / before) >= ROUTE_SHIFT for name, was in followed.route.items())
 
     def _settle_route(self, followed: _Followed) -> None:
-        followed.route = {name: share.weight for name, share in followed.shares.items()}
+        followed.route = dict(followed.weights)
         followed.route_at_s = self._clock()
+
+
+def _same(one: _Inputs, other: _Inputs) -> bool:
+    """An endpoint that changed is another object."""
+    return one[0] is other[0] and one[1] == other[1] and one[2] == other[2]
 
 
 def _key(endpoint: ArksEndpoint) -> Key:

@@ -228,7 +228,9 @@ class Stage:
         self.endpoint = endpoint(policy)
         self.shares: list[Key] = []
         self.routes: list[Key] = []
-        self.follower = LoadFollower({KEY: self.endpoint}.get, lambda _endpoint, app: (f"{app}:80",), clock=self.clock)
+        self.follower = LoadFollower(
+            lambda _key: self.endpoint, lambda _endpoint, app: (f"{app}:80",), clock=self.clock
+        )
         self.follower.subscribe(shares=self.shares.append, route=self.routes.append)
         self.backends = [Backend("a", 1), Backend("b", 1)]
 
@@ -283,6 +285,22 @@ def test_other_policies_are_left_alone():
     assert stage.weights(stage.follower.weigh_route) == {"a": 1, "b": 1}
     stage.steps(3)
     assert not stage.follower._followed
+
+
+def test_weights_at_rest_follow_what_else_they_are_made_of():
+    stage = Stage()
+    stage.load(a=busy(), b=busy())
+    assert stage.weights(stage.follower.weigh) == {"a": 100, "b": 100}
+    stage.steps(5)
+    stage.endpoint = endpoint(routeConfigs=[{"name": "theirs", "port": 80, "weight": 3}])
+    stage.steps(2)
+    assert stage.weights(stage.follower.weigh) == {"a": 1, "b": 1}, "beside weights of users ours have their measure"
+    stage.endpoint = endpoint()
+    stage.backends = [Backend("a", 2), Backend("b", 1)]
+    stage.weights(stage.follower.weigh)
+    stage.steps(2)
+    assert stage.weights(stage.follower.weigh) == {"a": 200, "b": 100}
+    assert len(stage.shares) == 2
 
 
 async def test_an_engine_under_load_loses_traffic_to_its_idle_twin():
