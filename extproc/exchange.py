@@ -47,6 +47,10 @@ _BY_ENGINE: Final = b"\x1a\x0cvia_upstream"
 """the details of an answer that an engine gave; every other says why Envoy answered itself. `upstream.address` does not
 tell: it also names an engine that was lost before it answered"""
 
+_BY_ROUTE: Final = b"\x1a\x0fdirect_response"
+"""a route's own answer, which says all there is to say: the model has no route here (yet), so no engine was asked"""
+GATEWAY_UNAVAILABLE: Final = "gateway_unavailable"
+
 _REQUEST_HEADERS: Final = messages.REQUEST_HEADERS << 3 | 2
 _RESPONSE_HEADERS: Final = messages.RESPONSE_HEADERS << 3 | 2
 _REQUEST_BODY: Final = messages.REQUEST_BODY << 3 | 2
@@ -245,6 +249,8 @@ class Exchange:
             if admitted is not None and served is not None and served != self._engine:
                 self._moved_to(served)
             details = _DETAILS.find(message, *attributes)
+            if details == _BY_ROUTE:
+                return self._answered_by_route()
             if details is not None and details != _BY_ENGINE:
                 return self._answered_by_envoy()
         if admitted is None:
@@ -261,6 +267,11 @@ class Exchange:
             if self._tap is not None and self._tap.decodes:
                 mutation += _DECODED
         return messages.response_headers_reply(mutation) if mutation else messages.CONTINUE_RESPONSE_HEADERS
+
+    def _answered_by_route(self) -> bytes:
+        if self._admitted is not None and not self._settled:
+            self._settle(_NOTHING, "exact", GATEWAY_UNAVAILABLE, Outcome.ABANDONED, charge=False)
+        return messages.CONTINUE_RESPONSE_HEADERS
 
     def _answered_by_envoy(self) -> bytes:
         """Envoy's own answer (no engine reached, body over the buffer limit, a timeout) in words of ours."""

@@ -187,4 +187,4 @@ async def test_domains_that_are_not_the_tenants(platform: Platform, tenant: Tena
         await asked("elsewhere.example.com", "elsewhere.example.com")
     # Another tenant's domain, by right: the token is good, the model has no route there.
     reply = await asked("team-b.models.example.com", "team-b.models.example.com")
-    assert (reply.status, reply.code) == (503, "engine_unreachable")
+    assert (reply.status, reply.code) == (503, "gateway_unavailable")
