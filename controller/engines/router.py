@@ -18,7 +18,7 @@ from controller.engines.version import Version
 
 DEFAULT_PORT = 8080
 DEFAULT_METRICS_PORT = 9090
-ROUTER_VERSION = Version(0, 3, 2)
+_SGLANG = ("sglang-router", Version(0, 3, 2))
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +51,24 @@ def _probes(port: int) -> Probes:
 
 
 def _router_problems(spec: RouterSpec) -> tuple[Problem, ...]:
-    if spec.engine.allow_unknown or spec.runtime != "sglang":
+    if spec.engine.allow_unknown:
         return ()
-    return option_problems("sglang-router", ROUTER_VERSION, _plain(spec.args), "spec.router.routerArgs")
+    # vLLM's router has an image of its own, whose tag tells; SGLang's is in the engine's.
+    program, version = ("vllm-router", spec.engine.version) if spec.runtime == "vllm" else _SGLANG
+    return option_problems(program, version, _plain(spec.args), "spec.router.routerArgs")
 
 
 def _plain(tokens: Sequence[str]) -> tuple[str, ...]:
-    """The launcher takes every option of the router with or without ``--router-`` before it."""
-    return tuple(f"--{t.removeprefix('--router-')}" if t.startswith("--router-") else t for t in tokens)
+    """SGLang's launcher takes every option of its router with or without ``--router-`` before it, vLLM's without."""
+    return tuple(
+        f"--{token.removeprefix('--router-')}" if token.startswith("--router-") and not _own(token) else token
+        for token in tokens
+    )
+
+
+def _own(token: str) -> bool:
+    """Is ``router-`` a part of the option's own name?"""
+    return token.split("=", 1)[0] == "--router-temperature"
 
 
 def launch(spec: RouterSpec) -> Launch:

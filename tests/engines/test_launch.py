@@ -363,6 +363,21 @@ def test_the_routers_port_reaches_its_command_and_its_probes():
     assert own.probes.readiness["httpGet"]["port"] == 7000
 
 
+def test_an_option_of_vllms_router_is_judged_by_the_tag_of_its_image_and_keeps_its_own_name():
+    def vllms(*args, image="registry/vllm-router:v0.1.17"):
+        return router.launch(router_spec("vllm", engine=spec(image), args=args))
+
+    own = vllms("--router-policy", "kv_aware", "--router-temperature=0.5")
+    assert own.command[-3:] == ("--policy", "kv_aware", "--router-temperature=0.5")
+    assert not own.problems
+    (problem,) = vllms("--polcy", "random").problems
+    assert (problem.field, "--polcy" in problem.message) == ("spec.router.routerArgs", True)
+    assert not vllms("--polcy", "random", image="registry/vllm-router:main").problems
+    known = Version(0, 1, 17)
+    assert known_options("vllm-router", known)
+    assert unknown_options("vllm-router", known, vllms().command) == ()
+
+
 def test_vllms_router_and_dynamos_frontend_stand_in_the_same_place():
     assert router.launch(router_spec("vllm")).command[:2] == ("vllm-router", "--vllm-pd-disaggregation")
     front = router.launch(router_spec("dynamo"))
