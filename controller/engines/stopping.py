@@ -2,8 +2,9 @@
 
 Kubernetes removes a deleted pod from its Service and sends SIGTERM at the same moment, so a pre-stop sleep
 keeps the engine open until Envoy has heard. After it the engine drains for the rest of the grace period
-(vLLM answers new requests with errors while it drains, and without ``--shutdown-timeout`` leaves open
-streams hanging until SIGKILL). An idle engine leaves at once, so a long grace period costs nothing.
+(vLLM answers new requests with errors while it drains; without ``--shutdown-timeout``, and after it, open
+streams hang until SIGKILL, so the margin after the drain is short). An idle engine leaves within seconds, so
+a long grace period costs nothing.
 
 The other pods of a group compute what its leader streams, and are told to go at the same moment: they stay for
 as long as the leader's port is open. A leader that crashed has no open port, so its group is rebuilt at once.
