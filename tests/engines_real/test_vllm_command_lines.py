@@ -15,8 +15,7 @@ from scripts import engines
 from tests.engines_real.generated import application, disaggregated, pods
 from tests.engines_real.launched import IMAGE, Container
 
-RELEASE = Version(0, 32, 0)
-PARSER = Path(__file__).with_name("vllm_parser.py")
+RELEASE, ROUTER_RELEASE = Version(0, 32, 0), Version(0, 1, 17)
 OVERRIDES = {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}
 MISSPELT = ("--max-modle-len", "1")
 
@@ -52,18 +51,27 @@ def lines(folder: Path) -> dict[str, list[str]]:
 def parsed(made, tmp_path_factory) -> Iterator[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("parser")
     asked = lines(folder)
+    found = told(folder, "vllm_parser.py", list(asked.values()))
+    return {"options": found["options"], **dict(zip(asked, found["lines"], strict=True))}
+
+
+def told(folder: Path, script: str, question: Any) -> Any:
+    """The answer of one of our scripts in the engines' environment."""
     with (folder / "log").open("wb") as log:
         done = subprocess.run(
-            [engines.environment() / "bin" / "python", PARSER],
-            input=json.dumps(list(asked.values())).encode(),
+            [engines.environment() / "bin" / "python", Path(__file__).with_name(script)],
+            input=json.dumps(question).encode(),
             stdout=subprocess.PIPE,
             stderr=log,
             check=False,
             env={**IMAGE, "HOME": str(folder)},
         )
     assert done.returncode == 0, (folder / "log").read_text()[-3000:]
-    found = json.loads(done.stdout)
-    return {"options": found["options"], **dict(zip(asked, found["lines"], strict=True))}
+    return json.loads(done.stdout)
+
+
+def long_names(options: list[str]) -> set[str]:
+    return {name.removeprefix("--").replace("_", "-") for name in options if name.startswith("--")} - {"help"}
 
 
 def test_the_plain_command_line_is_taken(parsed):
@@ -107,6 +115,20 @@ def test_what_we_block_the_engine_would_have_died_of(parsed):
     assert "nnodes 3" in parsed["uneven"]["said"]
 
 
+def test_the_router_reads_its_command_line_as_we_mean_it(made, tmp_path):
+    router = Container(pods(disaggregated())["pair-scheduler"], tmp_path)
+    program, *rest = router.command
+    found = told(tmp_path, "vllm_router_parser.py", rest)
+    args = found["args"]
+    assert program == "vllm-router"
+    assert (args["vllm_pd_disaggregation"], args["service_discovery"]) == (True, True)
+    assert (args["service_discovery_port"], args["service_discovery_namespace"]) == (8080, "team-a")
+    assert args["prefill_selector"].items() - args["decode_selector"].items() == {
+        ("arks.ai/disaggregation-role", "prefill")
+    }
+    assert (args["host"], args["port"], args["prometheus_port"]) == (router.address, 8080, 9090)
+    assert known_options("vllm-router", ROUTER_RELEASE) == long_names(found["options"])
+
+
 def test_the_table_of_known_options_is_the_parsers(parsed):
-    taken = {name.removeprefix("--").replace("_", "-") for name in parsed["options"] if name.startswith("--")}
-    assert known_options("vllm", RELEASE) == taken - {"help"}
+    assert known_options("vllm", RELEASE) == long_names(parsed["options"])
