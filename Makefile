@@ -87,8 +87,9 @@ bench-gateway: $(VENV)/.dev compiled
 	$(BIN)/python -m bench.gateway --compiled .cache/compiled/bin/python $(ARGS)
 
 .PHONY: test-engines
-# The gateway before a real vLLM on the CPU, held against its own counters. Needs 8 GB of disk and 8 GB of memory; the
-# packages are fetched once, into $ARKS_CACHE or ~/.cache/arks.
+# Real engines on the CPU: the gateway before them, and they started by the command lines that the controller generates.
+# Needs 12 GB of disk and 8 GB of memory; the packages are fetched once, into $ARKS_CACHE or ~/.cache/arks.
+# One engine alone: make test-engines ENGINES=dynamo ARGS="-k dynamo" (vllm, dynamo, sglang; their servers' models need vllm).
 test-engines: $(VENV)/.dev
-	$(BIN)/python scripts/engines.py
+	$(BIN)/python scripts/engines.py $(ENGINES)
 	ARKS_ENGINES=1 $(BIN)/python -m pytest tests/engines_real $(ARGS)
