@@ -68,13 +68,13 @@ def _wanted(
     best = max(told, default=0.0)
     if best <= 0.0 and len(told) == len(carrying):
         return dict.fromkeys(rooms, 1.0)
-    usual = sum(told) / len(told) / best if best > 0 else 1.0
-    return {
-        name: max(damping.floor, usual)
-        if room is None
-        else (min(1.0, max(damping.floor, room / best)) if room > 0 and best > 0 else 0.0)
-        for name, room in rooms.items()
-    }
+
+    def score(room: float) -> float:
+        return min(1.0, max(damping.floor, room / best)) if room > 0 and best > 0 else 0.0
+
+    # Of scores, not of rooms: who is at the floor already must not pull those down that tell nothing.
+    usual = sum(map(score, told)) / len(told) if best > 0 else 1.0
+    return {name: max(damping.floor, usual) if room is None else score(room) for name, room in rooms.items()}
 
 
 def _room(engines: Sequence[EngineLoad], quickest_s: float, damping: Damping) -> float | None:

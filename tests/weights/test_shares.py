@@ -129,6 +129,18 @@ def test_weights_stay_within_what_the_api_takes_and_never_all_vanish(loads, capa
             assert (share.weight > 0) == (alive and each.weight > 0)
 
 
+def test_at_the_floor_more_load_takes_nothing_from_one_that_tells_nothing():
+    dead = busy(healthy=False)
+
+    def part(kv: float) -> float:
+        shares = weights_for(
+            endpoint(), [Backend(name, 1) for name in NAMES], {"a": [busy(10, kv), dead, dead], "c": [busy()]}, {}
+        )
+        return shares["a"].score / sum(share.score for share in shares.values())
+
+    assert part(1.0) == part(0.0)
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.fixed_dictionaries(dict.fromkeys(NAMES, LOADS)), st.data())
 def test_more_load_never_earns_more_traffic(loads, data):
