@@ -113,18 +113,17 @@ class LoadFollower:
 
     async def run(self) -> None:
         """Look and step until cancelled."""
-        async with self.scraper:
-            step_at_s = self._clock()
-            while True:
-                began_s = self._clock()
-                try:
-                    await self.scraper.sweep(self._addresses())
-                    if self._clock() >= step_at_s:
-                        step_at_s = self._clock() + self._step_s - self._sweep_s / 2
-                        self.step()
-                except Exception:
-                    _log.exception("following the load failed; the last weights stay")
-                await asyncio.sleep(max(0.05, self._sweep_s - (self._clock() - began_s)))
+        step_at_s = self._clock()
+        while True:
+            began_s = self._clock()
+            try:
+                await self.scraper.sweep(self._addresses())
+                if self._clock() >= step_at_s:
+                    step_at_s = self._clock() + self._step_s - self._sweep_s / 2
+                    self.step()
+            except Exception:
+                _log.exception("following the load failed; the last weights stay")
+            await asyncio.sleep(max(0.05, self._sweep_s - (self._clock() - began_s)))
 
     def step(self) -> None:
         """One step of every followed endpoint, from the loads as they are."""

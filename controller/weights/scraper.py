@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable
-from typing import Final, Self
+from operator import attrgetter
+from typing import Final
 
-import aiohttp
-
+from controller.weights.http import get
 from controller.weights.metrics import Sample, from_loads, from_page
 from controller.weights.model import EngineLoad
 
@@ -44,7 +44,7 @@ class _Target:
 
 
 class Scraper:
-    """`async with Scraper() as scraper: await scraper.sweep(addresses)`, every half second or so."""
+    """`await scraper.sweep(addresses)`, every half second or so."""
 
     def __init__(self, *, timeout_s: float = TIMEOUT_S, clock: Callable[[], float] = time.monotonic) -> None:
         self.loads: dict[str, EngineLoad] = {}
@@ -52,19 +52,6 @@ class Scraper:
         self._targets: dict[str, _Target] = {}
         self._clock, self._timeout_s = clock, timeout_s
         self._gate = asyncio.Semaphore(CONCURRENCY)
-        self._session: aiohttp.ClientSession | None = None
-
-    async def __aenter__(self) -> Self:
-        self._session = aiohttp.ClientSession(
-            timeout=aiohttp.ClientTimeout(total=self._timeout_s),
-            connector=aiohttp.TCPConnector(limit=CONCURRENCY, keepalive_timeout=4.0),
-            cookie_jar=aiohttp.DummyCookieJar(),
-        )
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        assert self._session is not None
-        await self._session.close()
 
     async def sweep(self, addresses: Iterable[str]) -> dict[str, EngineLoad]:
         """Look at those that are due; the load of all. Others than these are forgotten."""
@@ -75,7 +62,7 @@ class Scraper:
             self._targets[address] = _Target(address)
         now = self._clock()
         due = [target for target in self._targets.values() if target.due_s <= now]
-        due.sort(key=lambda target: target.due_s)
+        due.sort(key=attrgetter("due_s"))
         del due[LOOKS_PER_SWEEP:]
         for target in due:
             target.due_s = now + PERIODS_S[target.path] - 0.05
@@ -103,17 +90,11 @@ class Scraper:
         target.load = EngineLoad(target.load.address, healthy=True, known=False)
 
     async def _get(self, target: _Target, path: str) -> tuple[int, bytes] | None:
-        assert self._session is not None
         self.looks += 1
         try:
-            async with (
-                self._gate,
-                self._session.get(f"http://{target.load.address}{path}", allow_redirects=False) as answer,
-            ):
-                body = await answer.content.read(MOST_BYTES) if answer.status != 200 else await _whole(answer)
-                target.losses = 0
-                return answer.status, body
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError):
+            async with self._gate, asyncio.timeout(self._timeout_s):
+                answer = await get(target.load.address, path, MOST_BYTES)
+        except (OSError, ValueError):
             target.losses += 1
             target.due_s = 0.0  # before all who wait: whether it is dead shall be known soon
             if target.losses >= _LOSSES:
@@ -121,6 +102,8 @@ class Scraper:
                 target.counted, target.path = None, LOADS  # another engine may come back there
                 target.due_s = self._clock() + 1.0
             return None
+        target.losses = 0
+        return answer
 
     def _take(self, target: _Target, sample: Sample) -> None:
         before, target.counted = target.counted, sample
@@ -135,15 +118,3 @@ class Scraper:
         target.load = EngineLoad(
             target.load.address, True, True, sample.running, sample.waiting, sample.kv_usage, target.ttft_s
         )
-
-
-async def _whole(answer: aiohttp.ClientResponse) -> bytes:
-    """Raises ValueError for more than an engine would ever say."""
-    parts: list[bytes] = []
-    size = 0
-    async for part in answer.content.iter_chunked(1 << 16):
-        size += len(part)
-        if size > MOST_BYTES:
-            raise ValueError("the answer is too large")
-        parts.append(part)
-    return b"".join(parts)

@@ -131,14 +131,12 @@ def said(answer) -> str:
 
 async def test_its_load_is_read_from_the_metrics_that_we_know_by_name(container, direct: Client, session):
     address = container.url.removeprefix("http://")
-    async with Scraper(timeout_s=10) as scraper:
-        idle = (await scraper.sweep([address]))[address]
-        assert (idle.known, idle.healthy, idle.running) == (True, True, 0)
+    idle = (await Scraper(timeout_s=10).sweep([address]))[address]
+    assert (idle.known, idle.healthy, idle.running) == (True, True, 0)
     async with direct.stream(CHAT, chat(max_tokens=2000, ignore_eos=True, stream=True)) as (_, events):
         for _ in range(5):
             await anext(events)
-        async with Scraper(timeout_s=10) as scraper:
-            busy = (await scraper.sweep([address]))[address]
+        busy = (await Scraper(timeout_s=10).sweep([address]))[address]
     assert busy.running == 1
     assert busy.kv_usage > 0
     async with session.get(f"{container.url}{vllm.METRICS.path}") as answer:
