@@ -22,6 +22,7 @@ QUOTA: Final = int(wire.KIND_QUOTA)
 ENDPOINT: Final = int(wire.KIND_ENDPOINT)
 CHECKSUM_BYTES: Final = 32
 METHOD: Final = "/arks.snapshot.v1.PolicyService/Follow"
+REPORT_METHOD: Final = "/arks.snapshot.v1.PolicyService/Report"
 
 _MODULUS: Final = 1 << (8 * CHECKSUM_BYTES)
 _encoder = msgspec.msgpack.Encoder()

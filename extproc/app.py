@@ -35,6 +35,7 @@ from extproc.settings import ExtprocSettings
 from extproc.snapshot.errors import Note, PolicyErrors
 from extproc.snapshot.folder import FolderSource, Notes
 from extproc.snapshot.index import LiveIndex
+from extproc.snapshot.report import QuotaReport
 from extproc.snapshot.stream import StreamSource
 from extproc.transport import grpc_aio, h2
 from extproc.transport.core import Server, Service
@@ -109,6 +110,7 @@ class Gateway:
             for name, work in (
                 ("policy source", self._source.run),
                 ("policy", self._follow_policy),
+                ("quota report", self._report_quotas),
                 ("engine health", self._picker.run),
                 ("housekeeping", self._keep_house),
                 ("loop lag", self._lag.run),
@@ -197,6 +199,12 @@ class Gateway:
             except OSError as error:
                 log.error("cannot tell Envoy the engines", file=str(self._settings.eds_file), error=error.strerror)
         self._engines = engines
+
+    async def _report_quotas(self) -> None:
+        """To the controller; with a policy folder there is nobody who would write it down."""
+        if isinstance(self._source, StreamSource):
+            await QuotaReport(self._source, self._live, self._store.used).run()
+        await asyncio.Event().wait()
 
     # --- housekeeping ---------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""The stream's server end: one coroutine per follower, its own cursor, no queue that could grow.
+"""The stream's server end: one coroutine per follower, its own cursor, no queue that could grow; and its reports' end.
 
 grpcio's asyncio server, as everything below the messages is: followers are few (one per replica of extproc), so what
 its calls cost does not matter, and its flow control holds back whoever reads slowly. Who falls too far behind gets the
@@ -20,8 +20,8 @@ import grpc
 import grpc.aio
 import structlog
 
-from apis.records import METHOD
-from apis.wire.snapshot_pb2 import FollowRequest, FollowResponse, Pulse
+from apis.records import METHOD, REPORT_METHOD
+from apis.wire.snapshot_pb2 import FollowRequest, FollowResponse, Pulse, ReportRequest, ReportResponse
 from controller.snapshot.feed import Feed
 
 PULSE_S: Final = 1.0
@@ -32,7 +32,7 @@ _log = structlog.get_logger(__name__)
 
 
 class PolicyServer:
-    """An async context manager. `address` is unix:PATH or HOST:PORT (0: any port)."""
+    """An async context manager. `address` is unix:PATH or HOST:PORT (0: any port); `on_report` gets their reports."""
 
     def __init__(
         self,
@@ -41,17 +41,19 @@ class PolicyServer:
         *,
         ready: asyncio.Event,
         view_age_s: Callable[[], float],
+        on_report: Callable[[ReportRequest], None] = lambda _report: None,
         pulse_s: float = PULSE_S,
     ) -> None:
         self.address = address
         """with the real port, once it listens"""
         self._feed, self._ready, self._view_age_s, self._pulse_s = feed, ready, view_age_s, pulse_s
+        self._on_report = on_report
         self._server: grpc.aio.Server | None = None
 
     async def __aenter__(self) -> Self:
         """Raises OSError where the address cannot be had."""
         server = grpc.aio.server(options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 1 << 16)])
-        server.add_generic_rpc_handlers((_Handler(self._follow),))
+        server.add_generic_rpc_handlers((_Handler(self._follow, self._report),))
         with _only_ours(self.address):
             try:
                 port = server.add_insecure_port(self.address)
@@ -81,6 +83,12 @@ class PolicyServer:
         finally:
             self._feed.forget(waker)
             _log.info("a follower left", follower=request.follower)
+
+    async def _report(self, request: ReportRequest, context: Any) -> ReportResponse:
+        if not self._ready.is_set():
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the policy is not known yet")
+        self._on_report(request)
+        return ReportResponse()
 
     async def _told(self, request: FollowRequest, waker: asyncio.Event) -> AsyncGenerator[bytes, None]:
         """What one follower gets, for ever. Between looking and the message there is no await: they belong together."""
@@ -115,13 +123,20 @@ class PolicyServer:
 
 
 class _Handler(grpc.GenericRpcHandler):
-    def __init__(self, follow: Any) -> None:
-        self._handler = grpc.unary_stream_rpc_method_handler(  # type: ignore[no-untyped-call]
-            follow, request_deserializer=FollowRequest.FromString, response_serializer=None
-        )
+    def __init__(self, follow: Any, report: Any) -> None:
+        self._handlers: dict[str, grpc.RpcMethodHandler] = {
+            METHOD: grpc.unary_stream_rpc_method_handler(  # type: ignore[no-untyped-call]
+                follow, request_deserializer=FollowRequest.FromString, response_serializer=None
+            ),
+            REPORT_METHOD: grpc.unary_unary_rpc_method_handler(  # type: ignore[no-untyped-call]
+                report,
+                request_deserializer=ReportRequest.FromString,
+                response_serializer=ReportResponse.SerializeToString,
+            ),
+        }
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
-        return self._handler if details.method == METHOD else None
+        return self._handlers.get(details.method)
 
 
 @contextlib.contextmanager

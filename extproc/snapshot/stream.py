@@ -44,7 +44,7 @@ CONFIRM_S: Final = 10.0
 BACKOFF_FIRST_S: Final = 0.1
 BACKOFF_MAX_S: Final = 2.0
 MAX_MESSAGE_BYTES: Final = 16 << 20
-_OPTIONS: Final = (
+OPTIONS: Final = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.enable_http_proxy", 0),
     # Each try is a new connection: grpcio's own memory of failures would make it wait up to minutes.
@@ -85,7 +85,7 @@ class StreamSource:
         """by ip:port; empty while the controller is away"""
         self.connections = self.resyncs = 0
         """streams that told something; states that did not fit and were asked for anew"""
-        self._address, self._on_policy, self._on_error, self._on_load = address, on_policy, on_error, on_load
+        self.address, self._on_policy, self._on_error, self._on_load = address, on_policy, on_error, on_load
         self._file = state_dir / kept.FILE
         self._first_s, self._quiet_s, self._clock = first_s, quiet_s, clock
         self._hosts = hosts or Hosts()
@@ -148,7 +148,7 @@ class StreamSource:
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))  # noqa: S311 - spreads reconnects
 
     async def _connection(self, *, once: bool) -> None:
-        async with grpc.aio.insecure_channel(self._address, options=_OPTIONS) as channel:
+        async with grpc.aio.insecure_channel(self.address, options=OPTIONS) as channel:
             method: Any = channel.unary_stream(METHOD, request_serializer=FollowRequest.SerializeToString)
             request = FollowRequest(
                 epoch=self._replica.epoch,
@@ -210,7 +210,7 @@ class StreamSource:
         self.status = replace(self.status, ok=True, errors=(), loaded_at_s=at_s)
 
     def _failed(self, problem: str) -> None:
-        error = PolicyError(self._address, 0, "", problem, "see that the controller runs and serves this address")
+        error = PolicyError(self.address, 0, "", problem, "see that the controller runs and serves this address")
         known = self.status.errors
         self.status = replace(self.status, ok=False, errors=(error,), failed_loads=self.status.failed_loads + 1)
         self.loads = {}
@@ -244,7 +244,7 @@ class StreamSource:
             for (_, namespace, name), why in self._replica.rejected.items()
         ]
         unresolved = [
-            Note(self._address, 0, "", f"the backend {name} cannot be resolved: {why}")
+            Note(self.address, 0, "", f"the backend {name} cannot be resolved: {why}")
             for name, why in sorted(self._hosts.failed.items())
         ]
         return (*unread, *unresolved)
