@@ -28,6 +28,7 @@ from controller.reconcile.context import Context, Weigh
 from controller.reconcile.downloads import Downloads
 from controller.reconcile.kinds import Request
 from controller.reconcile.registry import Reconciler
+from controller.reconcile.spending import Spending
 from controller.reconcile.watches import Watches
 from controller.reconcile.writing import Writer
 from controller.settings import ControllerSettings
@@ -54,9 +55,12 @@ class Controller:
             renew_s=settings.renew_s,
             retry_s=settings.retry_s,
         )
+        self.spending = Spending(self._spent)
         self.publisher: Publisher | None = None
         if settings.policy_stream is not None:
-            self.publisher = Publisher(client, self.discovery, self.watches, settings.policy_stream)
+            self.publisher = Publisher(
+                client, self.discovery, self.watches, settings.policy_stream, spending=self.spending
+            )
             self.publisher.on_route_weights(self._weights_changed)
             weigh = weigh or self.publisher.weigh
         self.reconciler: Reconciler | None = None
@@ -86,6 +90,10 @@ class Controller:
         if self.reconciler is not None and self.lease.is_leader:
             self.reconciler.queue.add(Request("ArksEndpoint", *endpoint))
 
+    def _spent(self, quota: Key) -> None:
+        if self.reconciler is not None and self.lease.is_leader:
+            self.reconciler.queue.add(Request("ArksQuota", *quota))
+
     async def _lead(self) -> None:
         """While the Lease is ours. Nothing is kept from an earlier leadership."""
         client = self.client.fenced(self.lease.fence)
@@ -98,6 +106,7 @@ class Controller:
             events=events,
             downloads=Downloads(client, self.settings.model_progress_s),
             claims=Growth(),
+            spending=self.spending,
             environment=self.settings.environment,
             model_retry_s=self.settings.model_retry_s,
             **({"weigh": self._weigh} if self._weigh is not None else {}),

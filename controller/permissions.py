@@ -37,7 +37,7 @@ _KINDS = (*_WITH_FINALIZERS, "arksquotas", "arkstokens")
 
 PERMISSIONS = (
     Permission("arks.ai", _KINDS, READ, "what users ask for"),
-    Permission("arks.ai", tuple(f"{kind}/status" for kind in _KINDS), ("patch",), "phases and conditions"),
+    Permission("arks.ai", tuple(f"{kind}/status" for kind in _KINDS), ("patch",), "phases, conditions, use of quotas"),
     Permission("arks.ai", _WITH_FINALIZERS, ("patch",), "taking off the finalizers that Arks' operator left"),
     Permission(
         "arks.ai",

@@ -14,6 +14,7 @@ from controller.reconcile.desired.endpoint import Backend
 from controller.reconcile.desired.metadata import kind_of, plain
 from controller.reconcile.downloads import Downloads
 from controller.reconcile.kinds import ARKS
+from controller.reconcile.spending import Spending
 from controller.reconcile.watches import Watches
 from controller.reconcile.writing import Writer
 from controller.status import About, StatusWriter
@@ -41,6 +42,7 @@ class Context:
     events: Events
     downloads: Downloads
     claims: Growth
+    spending: Spending = field(default_factory=Spending)
     environment: Mapping[str, str] = field(default_factory=dict)
     weigh: Weigh = _as_they_are
     model_retry_s: float = MODEL_RETRY_S

@@ -1,8 +1,9 @@
-"""ArksToken and ArksQuota: nothing is made for them, but what keeps them from working is said."""
+"""ArksToken and ArksQuota: nothing is made for them, but what keeps them from working is said, and what is used."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from controller.kube.resource import Key
 from controller.reconcile.context import RESYNC_S, Context, about
@@ -95,6 +96,21 @@ async def reconcile_quota(context: Context, key: Key) -> float | None:
     if twice is not None:
         message = f"spec.quotas[{twice}].type: {kinds[twice]} is listed twice; the smaller value counts"
     verdict = Verdict("Accepted", "True", "Accepted", message)
-    # What was used is written by the data plane.
-    await context.status.write(about(quota, entry.version), [verdict], foreign=frozenset({"quotaStatus"}))
-    return None
+    return await _write_quota(context, key, about(quota, entry.version), verdict, kinds)
+
+
+async def _write_quota(context: Context, key: Key, told: About, verdict: Verdict, kinds: Sequence[str]) -> float | None:
+    """With what was used, if that may be written now. Returns when it may, if not."""
+    spending = context.spending
+    live = context.status.latest(told).get("quotaStatus") or []
+    entries = spending.entries(key, kinds, live)
+    fresh = entries != live
+    wait_s = spending.wait_s(key) if fresh else 0.0
+    if wait_s > 0:
+        fresh, entries = False, live
+    # What stands there is said again, or an apply would take it away; what nobody reported is not ours to remove.
+    status = {"quotaStatus": entries} if entries else {}
+    foreign = frozenset() if spending.heard_of(key) else frozenset({"quotaStatus"})
+    if await context.status.write(told, [verdict], status, foreign=foreign) and fresh:
+        spending.written(key)
+    return wait_s or None

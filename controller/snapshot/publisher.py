@@ -22,7 +22,7 @@ from apis.resources import ArksEndpoint
 from apis.resources.kubernetes import Backend as BackendResource
 from apis.resources.kubernetes import EndpointSlice, Service
 from apis.wire.snapshot_pb2 import EngineLoad as WireLoad
-from apis.wire.snapshot_pb2 import FollowResponse, Load
+from apis.wire.snapshot_pb2 import FollowResponse, Load, ReportRequest
 from controller.kube.client import Client, Decode
 from controller.kube.discovery import Discovery
 from controller.kube.errors import ForbiddenError
@@ -30,6 +30,7 @@ from controller.kube.reflector import Reflector
 from controller.kube.resource import SERVICES, Key, Resource
 from controller.kube.store import Store
 from controller.reconcile.desired.endpoint import Backend
+from controller.reconcile.spending import Spending
 from controller.reconcile.watches import Watches
 from controller.snapshot.compiled import Addresses, Compiled
 from controller.snapshot.decoding import fragments
@@ -61,6 +62,7 @@ class Publisher:
         *,
         window_s: float = WINDOW_S,
         follower: LoadFollower | None = None,
+        spending: Spending | None = None,
     ) -> None:
         self.address = address
         self.feed = Feed()
@@ -72,6 +74,9 @@ class Publisher:
         self.loads = follower or LoadFollower(watches.endpoints.get, self._compiled.engines)
         self._told: dict[str, tuple[EngineLoad, bytes]] = {}
         """each engine's load, and how it was told"""
+        self._spending = Spending() if spending is None else spending
+        self._gone: set[Key] = set()
+        """quotas that were deleted, until their followers are told"""
         self._stale = asyncio.Event()
         self._reflectors: dict[str, Reflector[Any]] = {}
         self._discovered = asyncio.Event()
@@ -108,7 +113,13 @@ class Publisher:
         """
         self._watches.subscribe(self._changed, _malformed)
         self.loads.subscribe(shares=self._reweighed, loads=self._tell_loads)
-        server = PolicyServer(self.feed, self.address, ready=self.ready, view_age_s=lambda: self.view_age_s)
+        server = PolicyServer(
+            self.feed,
+            self.address,
+            ready=self.ready,
+            view_age_s=lambda: self.view_age_s,
+            on_report=self._reported,
+        )
         try:
             async with server, asyncio.TaskGroup() as group:
                 self.address = server.address
@@ -141,6 +152,11 @@ class Publisher:
                 except Exception:
                     _log.exception("a change could not be compiled; its objects keep their last records")
                 await asyncio.sleep(0)
+            # One that came back before anybody was told that it went stays known: nobody would report it anew.
+            for key in self._gone:
+                if key not in self._watches.quotas:
+                    self._spending.forget(key)
+            self._gone.clear()
 
     async def _complete(self) -> None:
         await self._discovery.ready.wait()
@@ -203,8 +219,17 @@ class Publisher:
     def _changed(self, kind: str, key: Key, new: Any, old: Any) -> None:
         if kind in {"Service", "EndpointSlice"} and not isinstance(new or old, ServiceFragment | SliceFragment):
             return  # the reconcilers' own watch of the Services that they made
+        if kind == "ArksQuota" and new is None:
+            self._gone.add(key)
         if self._compiled.touch(kind, key, new, old):
             self._stale.set()
+
+    def _reported(self, report: ReportRequest) -> None:
+        for each in report.quotas:
+            key = Key(each.namespace, each.name)
+            if key in self._watches.quotas:
+                kinds = ("prompt", "response", "total")
+                self._spending.report(key, {kind: getattr(each, kind) for kind in kinds if each.HasField(kind)})
 
     def _reweighed(self, key: Key) -> None:
         self._compiled.touch_endpoint(key)

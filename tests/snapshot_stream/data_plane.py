@@ -48,6 +48,42 @@ class Decisions:
         kind = answer.WhichOneof("response")
         return answer.immediate_response.status.code if kind == "immediate_response" else ADMITTED
 
+    async def whole(self, secret: str, model: str, prompt_tokens: int, completion_tokens: int) -> int:
+        """One request to its end, with an engine's plain answer; the status, as `__call__`."""
+        asked, body, answered, answer = (pb.ProcessingRequest() for _ in range(4))
+        for name, value in (
+            (":method", "POST"),
+            (":path", "/v1/chat/completions"),
+            ("authorization", f"Bearer {secret}"),
+            ("content-type", "application/json"),
+        ):
+            asked.request_headers.headers.headers.add(key=name, raw_value=value.encode())
+        messages = [{"role": "user", "content": "Hello there!"}]
+        body.request_body.body = json.dumps({"model": model, "max_tokens": 64, "messages": messages}).encode()
+        body.request_body.end_of_stream = True
+        for name, value in ((":status", "200"), ("content-type", "application/json")):
+            answered.response_headers.headers.headers.add(key=name, raw_value=value.encode())
+        attributes = answered.attributes["envoy.filters.http.ext_proc"].fields
+        attributes["response.code_details"].string_value = "via_upstream"
+        total = prompt_tokens + completion_tokens
+        used = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
+        choices = [{"index": 0, "message": {"role": "assistant", "content": "Hi"}, "finish_reason": "stop"}]
+        answer.response_body.body = json.dumps({"model": model, "choices": choices, "usage": used}).encode()
+        answer.response_body.end_of_stream = True
+        call = self._call()
+        try:
+            async with asyncio.timeout(10):
+                for message in (asked, body, answered, answer):
+                    await call.write(message)
+                    told = await call.read()
+                    if told.WhichOneof("response") == "immediate_response":
+                        return told.immediate_response.status.code
+                await call.done_writing()
+                await call.read()
+        finally:
+            call.cancel()
+        return ADMITTED
+
     async def until(self, secret: str, wanted: int, timeout_s: float = 10.0) -> float:
         """Ask until it is so; the seconds that took."""
         loop = asyncio.get_running_loop()
