@@ -271,6 +271,7 @@ class Reflector(Generic[T]):
                 asyncio.timeout(self._inactivity_s) as silence,
                 self._client.open(self.resource, self._namespace, params) as stream,
             ):
+                self._heard()  # it has answered; the first event may be a bookmark in a minute
                 if not initial:
                     self._well()
                 seen: set[Key] | None = set() if initial else None

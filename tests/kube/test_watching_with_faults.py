@@ -125,6 +125,20 @@ async def test_a_reset_connection_is_replaced_at_once(fragile: KubeApi, namespac
             assert reflector.stats.lists == 1
 
 
+async def test_a_watch_that_was_opened_anew_has_heard_the_server(
+    fragile: KubeApi, namespace: str, connect: Connect
+) -> None:
+    """Else an outage of two minutes would be one of three for liveness, where nothing happens after it."""
+    async with TcpProxy(fragile.port) as proxy:
+        client = await connect(fragile.kubeconfig(server=proxy.url))
+        async with watching(client, namespace, Changes()) as reflector:
+            await until(lambda: reflector.age_s > 1.0)
+            proxy.reset()
+            await until(lambda: reflector.age_s < 0.9)
+            assert reflector.last_error is None
+            assert reflector.stats.events == 0
+
+
 async def test_rights_taken_away_and_given_back(fragile: KubeApi, namespace: str, connect: Connect) -> None:
     role = {
         "apiVersion": "rbac.authorization.k8s.io/v1",
