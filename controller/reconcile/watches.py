@@ -112,11 +112,6 @@ class Watches:
 
     # -- what reconcilers ask -----------------------------------------------------------------------------------------
 
-    def version_of(self, kind: str, key: Key) -> str:
-        """The live object's resourceVersion; empty if it is not there, or not among what we watch."""
-        entry = self._owned[kind].entry(key) if kind in self._owned else None
-        return "" if entry is None else entry.version
-
     def owned(self, kind: str, key: Key) -> Object | None:
         return self._owned[kind].get(key) if kind in self._owned else None
 

@@ -104,8 +104,7 @@ class Writer:
                 live = None  # its version has changed
             if live is None and not trusted and not await self._free(resource, key, uid, body):
                 return Refusal(kind, key.name, "NameTaken", "an object of this name is not ours; rename one of them")
-            version = "" if live is None else self._watches.version_of(kind, key)
-            applied = await self._applier.apply(resource, body, live_version=version)
+            applied = await self._applier.apply(resource, body, live=live)
             if applied.object is not None:
                 await self._settle(resource, body, applied.object)
         except (InvalidError, ForbiddenError) as error:

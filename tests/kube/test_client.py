@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp import web
@@ -235,18 +236,27 @@ async def test_nothing_is_sent_for_an_unchanged_object_and_drift_is_still_seen(
     applier = Applier(client)
     body = pear("a", kube_namespace, size=1)
 
-    async def version() -> str:
-        return str((await client.get(PEARS, "a", kube_namespace))["metadata"]["resourceVersion"])
+    async def live() -> dict[str, Any]:
+        return await client.get(PEARS, "a", kube_namespace)
 
     assert (await applier.apply(PEARS, body)).changed
-    assert not (await applier.apply(PEARS, body, live_version=await version())).changed
+    assert not (await applier.apply(PEARS, body, live=await live())).changed
     assert client.stats.writes_skipped == 1
     pears.apply(pear("a", size=5), namespace=kube_namespace)
-    corrected = await applier.apply(PEARS, body, live_version=await version())
+    corrected = await applier.apply(PEARS, body, live=await live())
     assert corrected.changed
     assert corrected.object is not None
     assert corrected.object["spec"] == {"size": 1}
-    assert (await applier.apply(PEARS, pear("a", kube_namespace, size=2), live_version=await version())).changed
+    # What its own controller says of it is no drift; a label is, and so is a spec that comes with a status.
+    said = pears.set_status(await live(), phase="Ripe")
+    assert not (await applier.apply(PEARS, body, live=said)).changed
+    assert client.stats.writes_skipped == 2
+    pears.set_status(said, phase="Rotten")
+    pears.apply({**pear("a", size=7), "metadata": {"name": "a", "labels": {"a": "b"}}}, namespace=kube_namespace)
+    corrected = await applier.apply(PEARS, body, live=await live())
+    assert corrected.object is not None
+    assert (corrected.object["spec"], corrected.object["status"]) == ({"size": 1}, {"phase": "Rotten"})
+    assert (await applier.apply(PEARS, pear("a", kube_namespace, size=2), live=await live())).changed
     assert await applier.delete(PEARS, "a", kube_namespace)
     assert not await applier.delete(PEARS, "a", kube_namespace)
     assert (await applier.apply(PEARS, body)).changed
