@@ -163,7 +163,9 @@ async def test_apis_that_are_installed_later_are_found(own_kube_api):
         room.apply(SINGLE.replace("app-qwen", "alone"), servedModelName="alone")
         await room.until("Deployment", "alone", lambda item: item["spec"]["replicas"] == 1)
         await room.condition("ArksApplication", "alone", "Degraded", "True", "WorkloadApiMissing")
-        await asyncio.to_thread(api.apply, STAND_INS, *gateway_kinds())
+        # RoleBasedGroup first: whichever is found first runs the application, and goes on running it.
+        stand_ins = sorted(STAND_INS.glob("*.yaml"), reverse=True)
+        await asyncio.to_thread(api.apply, *stand_ins, *gateway_kinds())
         room.apply(GATEWAY)
         async with Actor(api, room.namespace):
             await room.phase("ArksApplication", "app-qwen", "Running")
