@@ -10,6 +10,7 @@ A line may appear a moment after its answer was sent: wait for what must be ther
 from __future__ import annotations
 
 import datetime as dt
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import yaml
 
+_LINE_BYTES = 1 << 17  # longer than any line
 _VERBS = ["create", "update", "patch", "delete", "deletecollection"]
 _POLICY = {
     "apiVersion": "audit.k8s.io/v1",
@@ -78,17 +80,19 @@ class AuditLog:
         ]
 
     def mark(self) -> int:
-        """Where the log ends now."""
-        return self._log.stat().st_size
+        """Where the log ends now: behind its last whole line."""
+        with self._log.open("rb") as log:
+            begin = log.seek(max(0, log.seek(0, io.SEEK_END) - _LINE_BYTES))
+            return begin + log.read().rfind(b"\n") + 1
 
-    def writes(self, *, since: int = 0, user: str = "") -> list[Write]:
-        """`user` is the name as Kubernetes has it."""
-        return [each for each in self._read(since) if not user or each.user == user]
+    def writes(self, *, since: int = 0, until: int | None = None, user: str = "") -> list[Write]:
+        """Between two marks, else to the end. `user` is the name as Kubernetes has it."""
+        return [each for each in self._read(since, until) if not user or each.user == user]
 
-    def _read(self, since: int) -> Iterator[Write]:
+    def _read(self, since: int, until: int | None) -> Iterator[Write]:
         with self._log.open("rb") as log:
             log.seek(since)
-            for line in log:
+            for line in io.BytesIO(log.read(-1 if until is None else until - since)):
                 if line.endswith(b"\n"):  # else it is being written
                     yield _write(json.loads(line))
 
