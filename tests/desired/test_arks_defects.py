@@ -212,6 +212,7 @@ def test_defect_28_lifecycle_and_every_other_field_of_the_instance_reach_the_pod
         "initContainers": [{"name": "warm", "image": "busybox"}],
         "hostIPC": True,
         "hostNetwork": True,
+        "enableServiceLinks": True,
         "priorityClassName": "high",
         "topologySpreadConstraints": [
             {"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "DoNotSchedule"},
@@ -237,9 +238,15 @@ def test_defect_28_lifecycle_and_every_other_field_of_the_instance_reach_the_pod
         assert spec["securityContext"] == {"fsGroup": 7}
         assert spec["initContainers"][0]["name"] == "warm"
         assert (spec["hostIPC"], spec["hostNetwork"], spec["priorityClassName"]) == (True, True, "high")
+        assert spec["enableServiceLinks"] is True
         assert spec["topologySpreadConstraints"][0]["topologyKey"] == "zone"
         assert template["metadata"]["labels"]["team"] == "a"
         assert template["metadata"]["annotations"]["note"] == "x"
+
+
+def test_a_service_named_vllm_sets_no_variable_of_vllms():
+    """The kubelet would make VLLM_PORT=tcp://... of it, on which vLLM ends."""
+    assert lws_leader(application())["spec"]["enableServiceLinks"] is False
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,8 @@ def pod_template(given: PodInput) -> Object:
         mounts.append({"name": SHARED_MEMORY_VOLUME, "mountPath": SHARED_MEMORY_PATH})
     mounts += instance.get("volumeMounts", [])
     spec: Object = {
+        # Of a Service named vllm the kubelet would make VLLM_PORT=tcp://..., which vLLM takes for its own and fails on.
+        "enableServiceLinks": False,
         **pod_level(instance),
         "terminationGracePeriodSeconds": launch.grace_s,
         "containers": [
