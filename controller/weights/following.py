@@ -69,6 +69,8 @@ class LoadFollower:
         self._endpoint_of, self._engines, self._damping, self._clock = endpoint_of, engines, damping, clock
         self._sweep_s, self._step_s = sweep_s, step_s
         self._followed: dict[Key, _Followed] = {}
+        self._wanted: set[str] = set()
+        """addresses of all followed engines, as of the last step"""
         self._on_shares: list[Changed] = []
         self._on_route: list[Changed] = []
         self._on_loads: list[Callable[[Mapping[str, EngineLoad]], None]] = []
@@ -96,7 +98,7 @@ class LoadFollower:
         if followed is None:
             return backends
         if {each.application for each in backends} != followed.shares.keys():
-            self._step_one(endpoint, followed)
+            self._step_one(endpoint, followed, self._engines_of(endpoint, followed))
         return [replace(each, weight=followed.weights[each.application]) for each in backends]
 
     def weigh_route(self, endpoint: ArksEndpoint, backends: Sequence[Backend]) -> Sequence[Backend]:
@@ -117,7 +119,7 @@ class LoadFollower:
         while True:
             began_s = self._clock()
             try:
-                await self.scraper.sweep(self._addresses())
+                await self.scraper.sweep(self._wanted)
                 if self._clock() >= step_at_s:
                     step_at_s = self._clock() + self._step_s - self._sweep_s / 2
                     self.step()
@@ -127,18 +129,22 @@ class LoadFollower:
 
     def step(self) -> None:
         """One step of every followed endpoint, from the loads as they are."""
+        wanted: set[str] = set()
         for key, followed in list(self._followed.items()):
             endpoint = self._endpoint_of(key)
             if endpoint is None or endpoint.spec.weight_policy != "load":
                 del self._followed[key]
                 continue
-            if self._step_one(endpoint, followed):
+            engines = self._engines_of(endpoint, followed)
+            wanted.update(*engines.values())
+            if self._step_one(endpoint, followed, engines):
                 for tell in self._on_shares:
                     tell(key)
             if self._route_due(followed):
                 self._settle_route(followed)
                 for tell in self._on_route:
                     tell(key)
+        self._wanted = wanted
         for tell_loads in self._on_loads:
             tell_loads(self.scraper.loads)
 
@@ -152,23 +158,16 @@ class LoadFollower:
             followed.backends = tuple(backends)
         return followed
 
-    def _addresses(self) -> set[str]:
-        found: set[str] = set()
-        for key, followed in self._followed.items():
-            endpoint = self._endpoint_of(key)
-            if endpoint is not None:
-                for backend in followed.backends:
-                    found.update(self._engines(endpoint, backend.application))
-        return found
+    def _engines_of(self, endpoint: ArksEndpoint, followed: _Followed) -> dict[str, Sequence[str]]:
+        """Addresses by application."""
+        return {each.application: self._engines(endpoint, each.application) for each in followed.backends}
 
-    def _step_one(self, endpoint: ArksEndpoint, followed: _Followed) -> bool:
+    def _step_one(self, endpoint: ArksEndpoint, followed: _Followed, engines: Mapping[str, Sequence[str]]) -> bool:
         """Whether any weight moved. Of a thousand endpoints few have news within a second: the others cost a look."""
         known = self.scraper.loads
         loads = {
-            each.application: [
-                known[address] for address in self._engines(endpoint, each.application) if address in known
-            ]
-            for each in followed.backends
+            application: [known[address] for address in addresses if address in known]
+            for application, addresses in engines.items()
         }
         inputs = endpoint, followed.backends, loads
         if followed.rested_on is not None and _same(followed.rested_on, inputs):
