@@ -130,7 +130,8 @@ def impatient(platform: Platform, product: list[Object]) -> Iterator[None]:
         body = {"spec": {"timeout": timeout}}
         platform.api.request("PATCH", path, body, content_type="application/merge-patch+json")
 
-    patch("ClientTrafficPolicy", {"requestHeadersReceivedTimeout": "2s", "requestReceivedTimeout": "2s"})
+    # Far enough apart that it is plain which of them ends.
+    patch("ClientTrafficPolicy", {"requestHeadersReceivedTimeout": "1s", "requestReceivedTimeout": "3s"})
     patch("BackendTrafficPolicy", {"streamIdleTimeout": "3s"})
     yield
     patch("ClientTrafficPolicy", None)
@@ -187,4 +188,4 @@ async def test_domains_that_are_not_the_tenants(platform: Platform, tenant: Tena
         await asked("elsewhere.example.com", "elsewhere.example.com")
     # Another tenant's domain, by right: the token is good, the model has no route there.
     reply = await asked("team-b.models.example.com", "team-b.models.example.com")
-    assert (reply.status, reply.code) == (503, "gateway_unavailable")
+    assert (reply.status, reply.code) == (503, "engine_unreachable")
