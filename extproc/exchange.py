@@ -10,6 +10,7 @@ No I/O of its own. The stream's close says nothing about why: Envoy resets the s
 client left is read from our own state (was the answer's end seen?).
 """
 
+import struct
 import time
 from typing import Final
 
@@ -42,14 +43,13 @@ _RESPONSE: Final = HeaderNames(":status", "content-type")
 _ENCODED: Final = b"content-encoding"
 _OPENAI: Final = frozenset({"chat", "completions", "embeddings"})
 _UPSTREAM: Final = Attribute("upstream.address")
+_ATTEMPTS: Final = Attribute("upstream.request_attempt_count")
+_NEVER: Final = b"\x11" + struct.pack("<d", 0.0)
+_ONCE: Final = b"\x11" + struct.pack("<d", 1.0)
 _DETAILS: Final = Attribute("response.code_details")
 _BY_ENGINE: Final = b"\x1a\x0cvia_upstream"
 """the details of an answer that an engine gave; every other says why Envoy answered itself. `upstream.address` does not
 tell: it also names an engine that was lost before it answered"""
-
-_BY_ROUTE: Final = b"\x1a\x0fdirect_response"
-"""a route's own answer, which says all there is to say: the model has no route here (yet), so no engine was asked"""
-GATEWAY_UNAVAILABLE: Final = "gateway_unavailable"
 
 _REQUEST_HEADERS: Final = messages.REQUEST_HEADERS << 3 | 2
 _RESPONSE_HEADERS: Final = messages.RESPONSE_HEADERS << 3 | 2
@@ -117,6 +117,8 @@ class Exchange:
     _status = 0
     _failed_by_envoy = ""
     """stable reason of an answer that Envoy gave in the engine's place"""
+    _asked = True
+    """whether an engine was; a route without one (here, or yet) says nothing about those that there are"""
     _request_id = b""
     _engine = ""
     _attempt = 1
@@ -246,13 +248,12 @@ class Exchange:
         if message.find(replies.served_by(self._engine), behind) < 0 or message.find(_BY_ENGINE, behind) < 0:
             attributes = messages.attributes_of(message, behind)
             served = _UPSTREAM.text(message, *attributes)
+            attempts = _ATTEMPTS.find(message, *attributes)
             if admitted is not None and served is not None and served != self._engine:
-                self._moved_to(served)
+                self._moved_to(served, retried=attempts != _ONCE)
             details = _DETAILS.find(message, *attributes)
-            if details == _BY_ROUTE:
-                return self._answered_by_route()
             if details is not None and details != _BY_ENGINE:
-                return self._answered_by_envoy()
+                return self._answered_by_envoy(asked=attempts != _NEVER)
         if admitted is None:
             return messages.CONTINUE_RESPONSE_HEADERS
         if no_body:
@@ -268,24 +269,17 @@ class Exchange:
                 mutation += _DECODED
         return messages.response_headers_reply(mutation) if mutation else messages.CONTINUE_RESPONSE_HEADERS
 
-    def _answered_by_route(self) -> bytes:
-        if self._admitted is not None and not self._settled:
-            self._settle(_NOTHING, "exact", GATEWAY_UNAVAILABLE, Outcome.ABANDONED, charge=False)
-        return messages.CONTINUE_RESPONSE_HEADERS
-
-    def _answered_by_envoy(self) -> bytes:
+    def _answered_by_envoy(self, *, asked: bool) -> bytes:
         """Envoy's own answer (no engine reached, body over the buffer limit, a timeout) in words of ours."""
+        self._asked = asked
         status = self._status
         if status == 413:
             answer = refused("body_too_large", "The request body is larger than the gateway accepts.")
         elif status == 504:
             answer = refused("engine_timeout", "The engine did not answer in time.")
         elif status >= 500:
-            answer = refused(
-                "engine_unreachable",
-                "The engine could not be reached. Try again shortly.",
-                headers=(("retry-after", "1"),),
-            )
+            text = "The engine could not be reached." if asked else "The model has no route to an engine here yet."
+            answer = refused("engine_unreachable", f"{text} Try again shortly.", headers=(("retry-after", "1"),))
         else:
             return messages.CONTINUE_RESPONSE_HEADERS
         self._status = answer.reason.status
@@ -295,15 +289,20 @@ class Exchange:
         self._settle_complete()
         return answer.reply()
 
-    def _moved_to(self, served: str) -> None:
-        """Envoy retried on another engine of the list: the first one was lost before it answered a byte."""
+    def _moved_to(self, served: str, *, retried: bool) -> None:
+        """Another engine than the picked one answered.
+
+        Either Envoy lost the first before it answered a byte, or asked another at once: a new engine is known to us
+        before its control plane has told Envoy, which says nothing about the engine.
+        """
         deps = self._deps
         first = self._engine
-        deps.picker.end(first, Outcome.UNREACHABLE)
-        deps.ledger.append(self._record(first, 503, _NOTHING, "exact", "engine_unreachable"))
+        deps.picker.end(first, Outcome.UNREACHABLE if retried else Outcome.ABANDONED)
+        if retried:
+            deps.ledger.append(self._record(first, 503, _NOTHING, "exact", "engine_unreachable"))
+            self._attempt = 2
         deps.picker.begin(served)
         self._engine = served
-        self._attempt = 2
 
     def _new_tap(self, admitted: Admitted, answer: tuple[bytes, bytes]) -> Tap:
         content_type, encoding = answer
@@ -347,7 +346,8 @@ class Exchange:
         tap, status = self._tap, self._status
         if self._failed_by_envoy or status >= 500:
             # No work that anyone could use was done: neither tokens nor the request itself are charged.
-            outcome = Outcome.UNREACHABLE if self._failed_by_envoy else Outcome.FAILED
+            met = Outcome.UNREACHABLE if self._asked else Outcome.ABANDONED
+            outcome = met if self._failed_by_envoy else Outcome.FAILED
             self._settle(_NOTHING, "exact", self._failed_by_envoy or "engine_error", outcome, charge=False)
         elif tap is None:
             self._settle(_NOTHING, "exact", "" if status < 400 else "engine_refused", Outcome.OK)

@@ -193,7 +193,7 @@ def _ext_proc(settings: GatewaySettings) -> Tree:
         "allow_mode_override": True,
         # A STREAMED response would lose its content-length; extproc removes it itself where it changes a body.
         "allow_content_length_header": True,
-        "response_attributes": ["upstream.address", "response.code_details"],
+        "response_attributes": ["upstream.address", "upstream.request_attempt_count", "response.code_details"],
         "metadata_options": {"receiving_namespaces": {"untyped": list(METADATA_NAMESPACES)}},
     }
 

@@ -16,10 +16,11 @@ import contextlib
 import fcntl
 import json
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -239,6 +240,7 @@ class EnvoyGateway:
         with EnvoyGateway(api, folder) as gateway:
             api.apply(...)                    Gateways, routes, policies
             gateway.settle()                  wait until every condition is good
+        with gateway.frozen(): ...        it hears and says nothing, as one that is slow
             gateway.room.spawn(...)           programs that play pods, at `ADDRESS`
             path = gateway.entrance(80)       unix socket to the Envoy's listener of that port
 
@@ -307,6 +309,16 @@ class EnvoyGateway:
         folder.mkdir(parents=True, exist_ok=True)
         for key, value in self.api.get("v1", "Secret", name, NAMESPACE)["data"].items():
             (folder / key).write_bytes(base64.b64decode(value))
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Envoy goes on with what it knows."""
+        assert self._process is not None
+        self._process.signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.signal(signal.SIGCONT)
 
     def entrance(self, port: int) -> Path:
         """A unix socket that leads to Envoy's listener for the Gateway's `port`."""

@@ -84,6 +84,15 @@ class Platform:
         state = self._mounts["/var/lib/arks"]
         return Gateway("", "", state, state, None, state)  # type: ignore[arg-type]
 
+    async def metrics(self, pod: Object, port: int) -> str:
+        """What a pod's port says of itself."""
+        connector = aiohttp.UnixConnector(str(self.gateway.room.reach(pod["status"]["podIP"], port)))
+        async with (
+            aiohttp.ClientSession("http://pod", connector=connector) as session,
+            session.get("/metrics") as answer,
+        ):
+            return await answer.text()
+
     def room(self, namespace: str) -> Room:
         return Room(self.api, namespace)
 

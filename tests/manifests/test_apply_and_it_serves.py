@@ -126,12 +126,7 @@ async def status(session: aiohttp.ClientSession) -> int:
 async def refusals_of_the_api_server(platform: Platform) -> list[str]:
     """Of what the controller asked for with the rights that the manifests give it."""
     (pod,) = platform.api.list("v1", "Pod", "arks-system")
-    connector = aiohttp.UnixConnector(str(platform.gateway.room.reach(pod["status"]["podIP"], 8081)))
-    async with (
-        aiohttp.ClientSession("http://controller", connector=connector) as session,
-        session.get("/metrics") as answer,
-    ):
-        lines = (await answer.text()).splitlines()
+    lines = (await platform.metrics(pod, 8081)).splitlines()
     calls = [line for line in lines if line.startswith("arks_controller_api_calls")]
     assert calls
     return [line for line in calls if 'outcome="403"' in line or 'outcome="401"' in line]

@@ -109,14 +109,14 @@ async def test_a_new_endpoint_with_its_application_goes_from_404_to_200_and_away
         new.answers.clear()
         room.apply(application(NEW, NEW_MODEL), endpoint(NEW_MODEL))
         await new.until_last(20, ok, "served")
-        come = len(new.answers)
         room.delete("ArksEndpoint", NEW_MODEL)
         await new.until_last(10, lambda answer: answer.status == 404, "gone")
-    # 503 in between: the endpoint is known before an engine of it is ready, and to extproc before Envoy has the route.
-    statuses = [status for status, _ in new.statuses if status != 503]
+    # 503 in between: the endpoint is known before an engine of it is ready; extproc and Envoy hear of its coming and
+    # going each in its own time. A request whose token was looked up just before the endpoint came may be 403.
+    assert sum(answer.status == 403 for answer in new.answers) <= 1
+    statuses = [status for status, _ in new.statuses if status not in {403, 503}]
     assert statuses in ([404, 200, 404], [200, 404]), new.statuses
     assert {answer.application for answer in new.answers if ok(answer)} == {NEW}
-    assert {answer.status for answer in new.answers[come:]} <= {200, 404}
     for kind, name in (("ArksApplication", NEW), ("ArksToken", "early")):
         room.delete(kind, name)
 
@@ -144,6 +144,30 @@ async def test_a_replica_more_takes_its_share_and_a_replica_less_takes_no_reques
     await flow.until_last(SHARE_OF, lambda answer: answer.engine != leaves, "left alone")
     await until_share(flow, LEFT, 50)
     assert list(tenant.pods(LEFT)) == [stays]
+
+
+async def test_an_engine_that_envoy_has_not_heard_of_is_not_taken_for_lost(tenant: Tenant, flow: Traffic):
+    """extproc learns of it from the controller, Envoy from Envoy Gateway, which may need its time."""
+    platform, room = tenant.platform, tenant.room
+    (known,) = tenant.pods(LEFT)
+    (extproc,) = platform.room("arks-system").list("Pod")
+    with platform.gateway.frozen():
+        scale(tenant, LEFT, 2)
+        await room.until("ArksApplication", LEFT, lambda item: item["status"]["readyReplicas"] == 2)
+        ((new, pod),) = ((name, pod) for name, pod in tenant.pods(LEFT).items() if name != known)
+        healthy = f'arks_engine_healthy{{engine="{pod["status"]["podIP"]}:8080"}} 1.0'
+        async with asyncio.timeout(30):
+            while healthy not in await platform.metrics(extproc, 9110):  # noqa: ASYNC110 - another process decides
+                await asyncio.sleep(0.05)
+        await flow.until_last(SHARE_OF, lambda answer: answer.engine != new, "answered by those that Envoy knows")
+        assert healthy in await platform.metrics(extproc, 9110)
+    await until_share(flow, LEFT, 67)
+    wrong = [
+        row for row in platform.ledger.usage() if row["engine"].startswith(pod["status"]["podIP"]) and row["error"]
+    ]
+    assert wrong == []
+    scale(tenant, LEFT, 1)
+    await room.gone("Pod", new)
 
 
 async def test_an_evicted_pod_takes_no_request_along_and_its_successor_gets_its_share(tenant: Tenant, flow: Traffic):

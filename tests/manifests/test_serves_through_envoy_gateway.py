@@ -18,6 +18,7 @@ import pytest
 
 from apis.headers import PIN_HEADER
 from tests.harness import kubernetes
+from tests.harness.gateway import sum_series
 from tests.harness.kubernetes import Object
 from tests.manifests.conftest import MANIFESTS
 from tests.manifests.platform import JUDGED, Platform
@@ -46,9 +47,7 @@ def engine_session(platform: Platform, pod: Object) -> aiohttp.ClientSession:
 
 async def generated(platform: Platform, pod: Object) -> float:
     """Tokens, by the engine's own word."""
-    async with engine_session(platform, pod) as engine, engine.get("/metrics") as answer:
-        lines = (await answer.text()).splitlines()
-    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("vllm:generation_tokens_total"))
+    return sum_series(await platform.metrics(pod, 8080), "vllm:generation_tokens_total")
 
 
 async def test_a_long_prompt_passes_the_buffer_that_is_32_kib_by_default(session):
@@ -231,7 +230,7 @@ async def test_each_tenant_has_a_domain_a_certificate_and_only_its_own_models_th
     assert first != second
     assert [(await over_tls(domains, "team-a.models.example.com"))[0] for _ in range(4)] == [200] * 4
     # No engine was asked, so none is taken for lost.
-    assert {row["error"] for row in await platform.ledger.rows_of("neighbour", 10)} == {"gateway_unavailable"}
+    assert {row["error"] for row in await platform.ledger.rows_of("neighbour", 10)} == {"engine_unreachable"}
     async with platform.session() as session:
         with pytest.raises(aiohttp.ClientError):
             await ask(session, RICH)

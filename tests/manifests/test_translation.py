@@ -98,7 +98,11 @@ def test_nothing_passes_undecided(translation):
     assert found["processingMode"]["responseBodyMode"] == "STREAMED"
     assert found["allowModeOverride"]
     assert seconds(found["messageTimeout"]) == SETTINGS.message_timeout_s
-    assert found["responseAttributes"] == ["upstream.address", "response.code_details"]
+    assert found["responseAttributes"] == [
+        "upstream.address",
+        "upstream.request_attempt_count",
+        "response.code_details",
+    ]
     assert found["metadataOptions"]["receivingNamespaces"]["untyped"] == list(METADATA_NAMESPACES)
     (routes,) = (each["virtualHosts"] for each in translation.routes.values())
     for route in (route for host in routes for route in host["routes"]):
