@@ -58,7 +58,7 @@ DYNAMO = Environment(
 SGLANG = Environment(
     "engines-sglang-0.5.23",
     REQUIREMENTS / "engines-sglang.txt",
-    "import torch, transformers, sglang.srt.server_args, sglang_router.launch_router",
+    "import torch, transformers, dill, jsonschema, sglang.srt.server_args, sglang_router.launch_router",
 )
 ENVIRONMENTS = {"vllm": VLLM, "dynamo": DYNAMO, "sglang": SGLANG}
 

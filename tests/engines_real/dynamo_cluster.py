@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from controller.reconcile.desired.outcome import Desired
-from tests.engines_real.dynamo_pods import PodContainer, containers, mocked
+from tests.engines_real.dynamo_pods import containers, mocked
+from tests.engines_real.pod_container import PodContainer
 from tests.harness.gateway import until
 from tests.harness.kubernetes import KubeApi
 
@@ -99,9 +100,8 @@ class DynamoCluster:
         credentials = {"token": self.api.service_account_token(self.namespace, account)}
         config = self.api.kubeconfig(account, credentials=credentials)
         folder = self._folder / pod["metadata"]["name"]
-        (found,) = containers(
-            mocked(pod, *options), folder, {"models": self._weights}, {"KUBECONFIG": str(config)}
-        ).values()
+        tree = mocked(pod, *options)
+        (found,) = containers(tree, folder, {"models": self._weights}, KUBECONFIG=str(config)).values()
         return found
 
     def tell(self, name: str, *, ready: bool) -> None:

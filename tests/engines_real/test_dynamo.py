@@ -18,11 +18,13 @@ import pytest
 from controller.engines import dynamo, vllm
 from controller.weights.metrics import from_page
 from scripts import engines
+from tests.engines_real.applications import SERVED, application
+from tests.engines_real.applications import leader_pod as leader
 from tests.engines_real.client import CHAT, COMPLETIONS, Client, body_for, chat
 from tests.engines_real.dynamo_model import prompt_tokens, write_model
-from tests.engines_real.dynamo_pods import FRONTEND, SERVED, WORKER, PodContainer, application, containers, mocked
-from tests.engines_real.dynamo_pods import leader_pod as leader
+from tests.engines_real.dynamo_pods import FRONTEND, WORKER, containers, mocked
 from tests.engines_real.launched import running
+from tests.engines_real.pod_container import PodContainer
 from tests.harness.gateway import Gateway, endpoint, policy, running_gateway, sum_series, token, until
 
 POLICY = policy(endpoint(SERVED), token("alice", "sk-alice", (SERVED,), rates={"rpm": 10**6, "tpm": 10**9}))
@@ -44,7 +46,7 @@ def weights(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def new_pod(weights, tmp_path_factory) -> Callable[..., Pod]:
     def make(*, without: str = "") -> Pod:
-        desired = application(instanceSpec={"terminationGracePeriodSeconds": GRACE_S})
+        desired = application("dynamo", instanceSpec={"terminationGracePeriodSeconds": GRACE_S})
         tree = mocked(leader(desired, f"chat-{next(_names)}"))
         if without:
             tree = copy.deepcopy(tree)

@@ -12,10 +12,11 @@ import pytest
 
 from controller.workloads.model import DYNAMO_METADATA, LWS
 from scripts import engines
+from tests.engines_real.applications import SERVED, application, disaggregated
 from tests.engines_real.client import CHAT, Client, chat
 from tests.engines_real.dynamo_cluster import METADATA, DynamoCluster
 from tests.engines_real.dynamo_model import prompt_tokens, write_model
-from tests.engines_real.dynamo_pods import SERVED, PodContainer, application, disaggregated
+from tests.engines_real.pod_container import PodContainer
 from tests.harness.gateway import endpoint, policy, running_gateway, sum_series, token, until
 from tests.harness.kubernetes import KubeApi
 
@@ -59,7 +60,7 @@ async def asked(worker: PodContainer, session) -> float:
 
 async def test_traffic_follows_readiness_and_a_leaving_worker_loses_nothing(cluster, session, tmp_path):
     instance = {"terminationGracePeriodSeconds": GRACE_S, "resources": {"limits": {"nvidia.com/gpu": "1"}}}
-    cluster.apply(application(WORLD, cluster.namespace, replicas=2, instanceSpec=instance))
+    cluster.apply(application("dynamo", WORLD, cluster.namespace, replicas=2, instanceSpec=instance))
     await cluster.start(4)  # two workers, two frontends
     first, second = cluster.named("dynamo.mocker")
     one, other = cluster.named("dynamo.frontend")
@@ -102,7 +103,7 @@ async def test_traffic_follows_readiness_and_a_leaving_worker_loses_nothing(clus
 
 
 async def test_prefill_and_decode_find_each_other(cluster, session, tmp_path):
-    cluster.apply(disaggregated(WORLD, cluster.namespace))
+    cluster.apply(disaggregated("dynamo", WORLD, cluster.namespace))
     await cluster.start(3)
     prefill = next(name for name in cluster.running if "prefill" in name)
     decode = next(name for name in cluster.running if "decode" in name)

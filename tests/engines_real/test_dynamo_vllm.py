@@ -6,16 +6,19 @@ oracle, and the stream at the end is what a rollout must not cut: told to stop, 
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
+import aiohttp
 import pytest
 
 from controller.engines import vllm
 from controller.weights.metrics import from_page
 from scripts import engines
+from tests.engines_real.applications import SERVED, application, leader_pod
 from tests.engines_real.client import CHAT, RESPONSES, Client, body_for, chat
-from tests.engines_real.dynamo_pods import FRONTEND, SERVED, WORKER, PodContainer, application, containers, leader_pod
+from tests.engines_real.dynamo_pods import FRONTEND, WORKER, containers
 from tests.engines_real.launched import running
+from tests.engines_real.pod_container import PodContainer
 from tests.harness.gateway import Gateway, endpoint, policy, running_gateway, sum_series, token, until
 
 ADAPTER = "tiny-accent"
@@ -25,16 +28,13 @@ POLICY = policy(
     token("alice", "sk-alice", (SERVED, ADAPTER), rates={"rpm": 10**6, "tpm": 10**9}),
 )
 CONTEXT_TOKENS = 32_768
-GRACE_S = 40
-"""a quarter of it until the endpoint has left, half of it for what runs"""
-STREAM_S = 18
-"""as long as a stream shall last: past the first quarter and the worker's own 5 s, well before the end"""
+STREAM_S = 24
+"""as long as a stream shall last: past the 15 s until the endpoint has left, and the worker's own 5 s"""
 ON_CPU = {
     "runtimeImage": "registry.example/dynamo-vllm:1.6.1",
     "loraAdapters": [{"name": ADAPTER, "model": {"name": "accent"}}],
     "runtimeCommonArgs": [f"--max-model-len {CONTEXT_TOKENS}", "--block-size 32", "--enforce-eager"],
     "instanceSpec": {
-        "terminationGracePeriodSeconds": GRACE_S,
         "resources": {"limits": {"cpu": "2", "memory": "6Gi"}},
         "env": [
             {"name": "VLLM_CPU_KVCACHE_SPACE", "value": "1"},
@@ -56,7 +56,7 @@ def pod(made, tmp_path_factory) -> Iterator[Pod]:
     folder = tmp_path_factory.mktemp("pod")
     (folder / "arks-dynamo").mkdir()
     volumes = {"models": engines.models(), "arks-dynamo": folder / "arks-dynamo"}
-    one = containers(leader_pod(application(**ON_CPU)), folder, volumes, {"VLLM_NO_USAGE_STATS": "1"})
+    one = containers(leader_pod(application("dynamo", **ON_CPU)), folder, volumes, VLLM_NO_USAGE_STATS="1")
     with running(one[FRONTEND], one[WORKER]):
         assert one[WORKER].post_start() == 0
         yield one
@@ -69,8 +69,9 @@ def dynamo_gateway(pod, tmp_path_factory) -> Iterator[Gateway]:
 
 
 @pytest.fixture
-def alice(dynamo_gateway, session) -> Client:
-    return Client(session, dynamo_gateway.url, "sk-alice")
+async def alice(dynamo_gateway) -> AsyncIterator[Client]:
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=400)) as patient:
+        yield Client(patient, dynamo_gateway.url, "sk-alice")
 
 
 async def worker_page(pod: Pod, session) -> str:
