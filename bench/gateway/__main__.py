@@ -16,7 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench.gateway import policies, report
-from bench.gateway.rig import Row, Target, backend, bare, build_load, gateway, measure, peak_mb
+from bench.gateway.rig import Row, Target, backend, bare, build_load, gateway, measure
+from bench.process import peak_mb
 
 STREAMS, CHUNKS, CHUNK_RATE = 100, 500, 200.0
 TOKENS, ENDPOINTS, OPEN_STREAMS = 10_000, 1_000, 5_000

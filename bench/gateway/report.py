@@ -1,27 +1,16 @@
 """docs/performance.md and its plot, from one run's rows. Ratios are to the bare Envoy's row of the same run."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib as mpl
 
 from bench.gateway.rig import Row
+from bench.page import Figure, figures_table, table, write_section
 
 mpl.use("agg")
 from matplotlib import pyplot as plt
 
 PLOT = "performance.png"
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """One line of the table: what, the limit it must keep, the value, and whether it does."""
-
-    what: str
-    must: str
-    value: str
-    ok: bool | None
 
 
 def figures(rows: dict[str, Row], scale: dict[str, float]) -> list[Figure]:
@@ -87,27 +76,15 @@ def figures(rows: dict[str, Row], scale: dict[str, float]) -> list[Figure]:
 
 def write(folder: Path, rows: dict[str, Row], scale: dict[str, float], machine: str) -> None:
     """Replace the measured part of performance.md and draw the plot; prints the table too."""
-    table = ["| figure | must reach | measured | |", "| --- | --- | --- | --- |"]
-    for one in figures(rows, scale):
-        mark = {True: "ok", False: "**missed**", None: ""}[one.ok]
-        table.append(f"| {one.what} | {one.must} | {one.value} | {mark} |")
-    detail = [
-        "| row | per second | Envoy CPU µs | extproc CPU µs | p50 µs | p99 µs |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    detail = []
     for name, row in rows.items():
         latency = (row.chunk_p50_us, row.chunk_p99_us) if row.chunks else (row.p50_us, row.p99_us)
-        detail.append(
-            f"| {name} | {row.per_second:.0f} | {row.envoy_us:.2f} | {row.extproc_us:.2f}"
-            f" | {latency[0]:.0f} | {latency[1]:.0f} |"
-        )
-    text = "\n".join([f"Machine: 2 shared cores, {machine}.", "", *table, "", f"![]({PLOT})", "", *detail])
-    print(text)
-    folder.mkdir(parents=True, exist_ok=True)
-    page = folder / "performance.md"
-    old = page.read_text() if page.exists() else f"# Performance\n\n{BEGIN}\n{END}\n"
-    head, rest = old.split(BEGIN)
-    page.write_text(f"{head}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+        cpu = (f"{row.per_second:.0f}", f"{row.envoy_us:.2f}", f"{row.extproc_us:.2f}")
+        detail.append((name, *cpu, f"{latency[0]:.0f}", f"{latency[1]:.0f}"))
+    head = ("row", "per second", "Envoy CPU µs", "extproc CPU µs", "p50 µs", "p99 µs")
+    judged = figures_table(figures(rows, scale))
+    lines = [f"Machine: 2 shared cores, {machine}.", "", *judged, "", f"![]({PLOT})", "", *table(head, detail)]
+    write_section(folder, "measured", lines)
     _plot(folder / PLOT, rows)
 
 

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.process import cpu_s
+
 LOAD_SOURCE = Path(__file__).with_name("load.c")
 READY_TIMEOUT_S = 60.0
 
@@ -32,23 +34,6 @@ def build_load(folder: Path) -> Path:
     target = folder / "load"
     subprocess.run([compiler, "-O2", "-o", str(target), str(LOAD_SOURCE)], check=True)
     return target
-
-
-def cpu_s(pid: int) -> float:
-    """CPU seconds of every thread of a process, to the nanosecond."""
-    total = 0
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        with contextlib.suppress(OSError):
-            total += int((task / "schedstat").read_text().split()[0])
-    return total / 1e9
-
-
-def peak_mb(pid: int) -> float:
-    """The most memory the process ever had resident."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) / 1024
-    return 0.0
 
 
 def children(pid: int) -> list[int]:
