@@ -176,7 +176,11 @@ class Gateway:
         self._changed.set()
 
     def _on_policy_error(self, errors: PolicyErrors) -> None:
-        log.error("policy not applied, the last good one stays", errors=str(errors))
+        if self._source.status.generation:
+            log.error("policy not applied, the last good one stays", errors=str(errors))
+        else:
+            # Of a pod's two commands one is there first; nothing is wrong as long as the other comes.
+            log.warning("waiting for the first policy", reason=str(errors))
 
     async def _follow_policy(self) -> None:
         while True:

@@ -22,11 +22,11 @@ def extproc(tmp_path):
     """Starts `arks extproc` on grpcio's server end; returns the process and what it wrote so far, as text."""
     started = []
 
-    def start(*flags, **variables):
+    def start(*flags, policy=("--policy", str(QUICKSTART)), **variables):
         log = tmp_path / f"{len(started)}.log"
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("ARKS_", "COV_", "GRPC_"))}
         command = [*(sys.executable, "-m", "arks", "extproc", "--transport", "grpc_aio", "--log-format", "json")]
-        command += ["--policy", str(QUICKSTART), "--state", str(tmp_path / f"state-{len(started)}")]
+        command += [*policy, "--state", str(tmp_path / f"state-{len(started)}")]
         with log.open("wb") as out:
             process = subprocess.Popen(
                 [*command, "--admin", "127.0.0.1:0", *flags], stdout=out, stderr=out, cwd=ROOT, env=clean | variables
@@ -83,3 +83,12 @@ def test_who_knocks_on_a_tls_port_without_tls_writes_nothing_into_the_log(extpro
     # Who looks for a fault of grpcio's own can have its lines: without our word they are there.
     _, said = knock(GRPC_VERBOSITY="INFO")
     until(lambda: "Handshake failed" in said())
+
+
+def test_a_controller_that_is_not_there_yet_is_waited_for_and_no_error(extproc, tmp_path):
+    stream = ("--policy-stream", f"unix:{tmp_path}/policy.sock")
+    process, said = extproc("--listen", f"unix:{tmp_path}/extproc.sock", policy=stream)
+    until(lambda: "waiting for the first policy" in said())
+    process.terminate()
+    assert process.wait(TIMEOUT_S) == 0
+    assert {json.loads(line)["level"] for line in said().splitlines()} <= {"info", "warning"}
