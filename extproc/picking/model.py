@@ -36,6 +36,9 @@ class HealthSettings:
     """between two probes of a fit engine, ± jitter"""
     down_interval_s: float = 0.5
     """between two probes of an engine that is down or in doubt, ± jitter"""
+    probes_per_s: int = 100
+    """of all fit engines together: in a large fleet each is probed less often. Probes take the time in which requests
+    are decided; two thousand engines every two seconds took half of a core"""
     jitter: float = 0.1
     timeout_s: float = 1.0
     concurrency: int = 32

@@ -135,7 +135,9 @@ class Prober:
         if engine.epoch != epoch and not engine.usable and now_s >= engine.ejected_until_s and not engine.silent:
             # It went down while this probe was under way, whose answer could therefore not count.
             return now_s
-        interval_s = settings.interval_s if engine.usable and not engine.silent else settings.down_interval_s
+        interval_s = settings.down_interval_s
+        if engine.usable and not engine.silent:
+            interval_s = max(settings.interval_s, len(self._due) / settings.probes_per_s)
         interval_s *= 1 + settings.jitter * (2 * self._rng.random() - 1)
         return max(now_s + interval_s, engine.ejected_until_s if not engine.usable else 0.0)
 

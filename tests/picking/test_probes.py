@@ -150,7 +150,7 @@ async def test_an_ejected_engine_is_back_only_after_its_time():
 
 
 @contextlib.asynccontextmanager
-async def stranger(statuses: dict[str, int], seen: list[str]) -> AsyncIterator[str]:
+async def stranger(statuses: dict[str, int], seen: list[str], host: str = "127.0.0.1") -> AsyncIterator[str]:
     """A server of which only status lines are known."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -165,7 +165,7 @@ async def stranger(statuses: dict[str, int], seen: list[str]) -> AsyncIterator[s
         with contextlib.suppress(ConnectionError):
             await writer.wait_closed()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    server = await asyncio.start_server(serve, host, 0)
     try:
         yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
     finally:
@@ -240,6 +240,23 @@ async def test_more_engines_than_probes_at_once_are_all_asked():
         picker, _ = fleet(*addresses, health=health)
         async with probing(picker):
             await until(lambda: not any(healthy(picker).values()))
+
+
+async def test_a_large_fleet_is_probed_no_faster_than_agreed():
+    seen: list[str] = []
+    # Each address of the loopback network is another engine of one server.
+    async with stranger({"/ready": 200}, seen, host="0.0.0.0") as address:
+        port = address.rpartition(":")[2]
+        fleet_size, each_s = 100, 200
+        addresses = [f"127.0.0.{number}:{port}" for number in range(1, fleet_size + 1)]
+        picker, _ = fleet(*addresses, health=HealthSettings(interval_s=0.01, probes_per_s=each_s))
+        loop = asyncio.get_running_loop()
+        async with probing(picker):
+            began_s = loop.time()
+            await until(lambda: len(seen) >= 4 * fleet_size)
+            took_s = loop.time() - began_s
+        rounds = 4 - 1  # the first one is at once
+        assert took_s > 0.8 * rounds * fleet_size / each_s
 
 
 async def test_many_new_engines_are_usable_before_their_first_probe():
