@@ -2,8 +2,9 @@
 
 Answers are decoded by the function given (`decoder(type)`), to a plain dict without one. Failures are the typed errors
 of `errors`; a 401 reads the credentials anew and tries once more. Writes go through `Client.fenced(fence)` in a program
-with several replicas: such a view asks the fence before each write and bounds the write by what is left of the lease,
-so that nothing is sent by one who does not lead. Life cycle: `async with Client(credentials) as client`.
+with several replicas: such a view asks the fence before each write, once more as its bytes go to the socket, and bounds
+the write by what is left of the lease, so that nothing is sent by one who does not lead. Life cycle:
+`async with Client(credentials) as client`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, Self, TypeVar, overload
 
 import aiohttp
 import msgspec
+from aiohttp.abc import AbstractStreamWriter
 
 from controller.kube.credentials import Access, Credentials
 from controller.kube.errors import KubeError, MalformedError, NotLeaderError, UnreachableError, api_error, described
@@ -330,9 +332,13 @@ class Client:
                 # Not aiohttp's own limit: where that runs out in the moment in which the task is cancelled, it takes
                 # the cancellation for its own, and the task lives on. Writes end with the lease, as their tasks do.
                 async with asyncio.timeout(limit_s):
+                    body = data if data is None or self._fence is None else _FencedBody(data, self._fence)
                     try:
-                        response = await self._request(access, method, path, params, data, headers, limit_s)
+                        response = await self._request(access, method, path, params, body, headers, limit_s)
                     except (aiohttp.ClientError, OSError) as error:
+                        if isinstance(error.__cause__, NotLeaderError):
+                            self.stats.writes_fenced += 1
+                            raise error.__cause__ from None
                         self._count(verb, resource, "Unreachable")
                         raise UnreachableError(f"{method} {path}: {_told(error)}") from error
                     async with response:
@@ -341,15 +347,15 @@ class Client:
                             yield response
                             return
                         try:
-                            body = await response.read()
+                            said = await response.read()
                         except (aiohttp.ClientError, OSError):
-                            body = b""
+                            said = b""
                         if response.status == 401 and not attempt:
                             renewed = await self._renewed(access)
                             if renewed is not None:
                                 access = renewed
                                 continue
-                        raise api_error(response.status, body, response.headers)
+                        raise api_error(response.status, said, response.headers)
             except TimeoutError as error:
                 self._count(verb, resource, "Unreachable")
                 raise UnreachableError(f"{method} {path}: timed out") from error
@@ -367,7 +373,7 @@ class Client:
         method: str,
         path: str,
         params: Mapping[str, str],
-        data: bytes | None,
+        data: bytes | aiohttp.BytesPayload | None,
         headers: Mapping[str, str],
         limit_s: float | None,
     ) -> aiohttp.ClientResponse:
@@ -388,6 +394,22 @@ class Client:
 
     def _count(self, verb: str, resource: Resource, outcome: str) -> None:
         self.stats.calls[verb, resource.group, resource.plural, outcome] += 1
+
+
+class _FencedBody(aiohttp.BytesPayload):
+    """A body that asks the fence as it is written, and with it the headers, which wait for it.
+
+    Between the first asking and the socket lie a connection to be had and turns of the loop: a process that is paused
+    there would wake and write, long after another one leads.
+    """
+
+    def __init__(self, value: bytes, fence: Fence) -> None:
+        super().__init__(value)
+        self._fence = fence
+
+    async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:
+        self._fence()
+        await super().write_with_length(writer, content_length)
 
 
 def selectors(label_selector: str, field_selector: str) -> dict[str, str]:

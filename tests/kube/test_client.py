@@ -230,6 +230,29 @@ async def test_a_redirect_does_not_carry_the_token_elsewhere(connect: Connect, t
             await (await connect(config)).get(PODS, "a", "b")
 
 
+async def test_a_lease_that_ends_between_the_decision_and_the_socket_keeps_the_write_back(
+    client: Client, pears: KubeApi, kube_namespace: str
+) -> None:
+    asked = 0
+
+    def fence() -> float:
+        nonlocal asked
+        asked += 1
+        if asked == 2:
+            raise NotLeaderError("another leads by now")
+        return 5.0
+
+    leader = client.fenced(fence)
+    body = pear("a", kube_namespace, size=1)
+    for write in (leader.apply(PEARS, body), leader.create(PEARS, body), leader.delete(PEARS, "a", kube_namespace)):
+        asked = 0
+        with pytest.raises(NotLeaderError):
+            await write
+    assert client.stats.writes_fenced == 3
+    assert not pears.list("kube.test/v1", "Pear", kube_namespace)
+    assert (await leader.apply(PEARS, body))["spec"] == {"size": 1}
+
+
 async def test_nothing_is_sent_for_an_unchanged_object_and_drift_is_still_seen(
     client: Client, pears: KubeApi, kube_namespace: str
 ) -> None:
