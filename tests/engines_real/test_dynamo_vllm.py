@@ -40,6 +40,8 @@ ON_CPU = {
             {"name": "VLLM_CPU_KVCACHE_SPACE", "value": "1"},
             {"name": "VLLM_CPU_OMP_THREADS_BIND", "value": "nobind"},
             {"name": "VLLM_WORKER_MULTIPROC_METHOD", "value": "fork"},
+            # Threads that wait for each other crawl where a processor is shared with anybody.
+            {"name": "OMP_NUM_THREADS", "value": "1"},
             {"name": "TORCHDYNAMO_DISABLE", "value": "1"},
             # The tiny model says 4 096, and its words mean nothing anyway.
             {"name": "VLLM_ALLOW_LONG_MAX_MODEL_LEN", "value": "1"},
