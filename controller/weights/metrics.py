@@ -1,8 +1,9 @@
-"""An engine's load out of what it publishes: vLLM's and SGLang's metrics pages, SGLang's /v1/loads.
+"""An engine's load out of what it publishes: vLLM's, SGLang's and Dynamo's metrics pages, SGLang's /v1/loads.
 
-Names as of vLLM 0.32 and SGLang 0.5.23. Pages are tens of kilobytes and read every second, so one expression picks the
-few lines that count. Several series of a name are the ranks of one engine: numbers of requests add up, of KV usage the
-fullest counts.
+Names as of vLLM 0.32, SGLang 0.5.23, Dynamo 1.6. Dynamo's are its frontend's: a request is in flight from its arrival
+on and queued until its first token, nothing is said of KV usage, and before the first request nothing at all. Pages are
+tens of kilobytes and read every second, so one expression picks the few lines that count. Several series of a name are
+the ranks of one engine: numbers of requests add up, of KV usage the fullest counts.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import msgspec
 
 # Begins with a byte and not with an anchor: of a line that does not count nothing is tried, which is six times as fast.
 _LINES: Final = re.compile(
-    rb"\n(?:vllm:|sglang:)(num_requests_running|num_requests_waiting|kv_cache_usage_perc"
-    rb"|num_running_reqs|num_queue_reqs|token_usage"
+    rb"\n(?:vllm:|sglang:|dynamo_frontend_)(num_requests_running|num_requests_waiting|kv_cache_usage_perc"
+    rb"|num_running_reqs|num_queue_reqs|token_usage|inflight_requests|queued_requests"
     rb"|time_to_first_token_seconds_sum|time_to_first_token_seconds_count)(?:\{[^\n]*\})? ([^\s]+)"
 )
-_RUNNING: Final = frozenset((b"num_requests_running", b"num_running_reqs"))
-_WAITING: Final = frozenset((b"num_requests_waiting", b"num_queue_reqs"))
+_RUNNING: Final = frozenset((b"num_requests_running", b"num_running_reqs", b"inflight_requests"))
+_QUEUED: Final = b"queued_requests"
+_WAITING: Final = frozenset((b"num_requests_waiting", b"num_queue_reqs", _QUEUED))
 _USAGE: Final = frozenset((b"kv_cache_usage_perc", b"token_usage"))
 _json = msgspec.json.Decoder().decode
 
@@ -48,13 +50,15 @@ def from_page(text: bytes) -> Sample | None:
             running, found = running + number, True
         elif name in _WAITING:
             waiting += number
+            if name == _QUEUED:
+                running -= number
         elif name in _USAGE:
             usage = max(usage, number)
         elif name.endswith(b"_sum"):
             total += number
         else:
             count += number
-    return Sample(int(running), int(waiting), usage, total, count) if found else None
+    return Sample(int(max(0.0, running)), int(waiting), usage, total, count) if found else None
 
 
 def from_loads(text: bytes) -> Sample | None:

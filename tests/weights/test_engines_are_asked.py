@@ -217,6 +217,18 @@ def test_several_ranks_of_one_engine_add_up():
         )
     )
     assert from_page(page) == (7, 2, 0.75, 1.5, 3.0)
+    dynamo = b"\n".join(
+        (
+            b"# TYPE dynamo_frontend_inflight_requests gauge",
+            b'dynamo_frontend_inflight_requests{model="a"} 5',
+            b'dynamo_frontend_inflight_requests{model="b"} 2',
+            b'dynamo_frontend_queued_requests{model="a"} 3',
+            b'dynamo_frontend_disconnected_clients{model="a"} 9',
+            b'dynamo_frontend_time_to_first_token_seconds_sum{model="a"} 0.5',
+            b'dynamo_frontend_time_to_first_token_seconds_count{model="a"} 2',
+        )
+    )
+    assert from_page(dynamo) == (4, 3, 0.0, 0.5, 2.0), "those without a first token are in flight, too"
     assert from_loads(b'[{"num_running_reqs": 1, "num_waiting_reqs": 2, "token_usage": 0.5}]') == (1, 2, 0.5, 0.0, 0.0)
     assert from_loads(b'{"num_running_reqs": 1}') == (1, 0, 0.0, 0.0, 0.0)
     assert from_loads(b"[]") is None
