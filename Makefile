@@ -86,6 +86,11 @@ coverage: $(VENV)/.dev
 bench-gateway: $(VENV)/.dev compiled
 	$(BIN)/python -m bench.gateway --compiled .cache/compiled/bin/python $(ARGS)
 
+.PHONY: test-faults
+# The controller's faults for as long as they last outside: minutes of 403, of black hole, of frozen API server. 12 minutes.
+test-faults: $(VENV)/.dev
+	ARKS_FAULTS=1 $(BIN)/python -m pytest tests/reconcile/faults $(ARGS)
+
 .PHONY: test-engines
 # Real engines on the CPU: the gateway before them, and they started by the command lines that the controller generates.
 # Needs 12 GB of disk and 8 GB of memory; the packages are fetched once, into $ARKS_CACHE or ~/.cache/arks.

@@ -98,7 +98,7 @@ async def test_a_rival_for_spec_status_and_lease(world: World):
     assert process.running
     assert not process.tracebacks()
     assert not process.said("cannot succeed, waits for a change")
-    assert not unfenced(room)
+    assert not unfenced(room, mark)
     written = writes(room, mark)
     assert not made_twice(written)
     # Each wrong is put right about once: we answer, we do not race.

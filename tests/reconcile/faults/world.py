@@ -12,14 +12,16 @@ from typing import Any, Self
 
 from tests.harness.audit import Write
 from tests.harness.kubernetes import KubeError, Object
-from tests.reconcile.conftest import Room, condition, wait_for
+from tests.reconcile.conftest import VERSIONS, Room, condition, wait_for
 from tests.reconcile.faults.process import ControllerProcess
 from tests.reconcile.resources import GATEWAY, MODEL, QUICKSTART, TOKEN
 
+Start = Callable[[str], ControllerProcess]
 CONVERGE_S = 90.0
 DEPUTY = "u1"
 STILL_S = 1.5
 PACE_S = 0.2
+TOKENS_KEPT = 4
 # What the controller makes, and for whom.
 OWNED = ("Service", "HTTPRoute", "Job", "PersistentVolumeClaim", "RoleBasedGroup", "Role", "RoleBinding")
 
@@ -40,15 +42,25 @@ class World:
     # -- changes ------------------------------------------------------------------------------------------------------
 
     async def change(self) -> None:
-        """A new token, another weight, a replica more or less; each tried until the API server has taken it."""
+        """A new token, an old one less, another weight, a replica more or less; each until the API server took it."""
         number = next(self._numbers)
         name = f"late-{number}"
         await insist(self.room.apply, TOKEN.replace("example-token", name).replace("sk-test123456", f"sk-{name}"))
         self.tokens.append(name)
+        if len(self.tokens) > TOKENS_KEPT:
+            gone = self.tokens.pop(1)
+            await insist(self._without, gone)
         self.weight = 5 + number
         await insist(self.room.patch, "ArksEndpoint", "qwen-7b", {"spec": {"defaultWeight": self.weight}})
         self.replicas = 3 - self.replicas
         await insist(self.room.patch, "ArksApplication", "app-qwen", {"spec": {"replicas": self.replicas}})
+
+    def _without(self, token: str) -> None:
+        try:
+            self.room.delete("ArksToken", token)
+        except KubeError as error:
+            if error.status != 404:  # the answer to a first try was lost
+                raise
 
     async def another_model(self) -> None:
         """A download to be begun: a claim and a Job, one of each."""
@@ -155,7 +167,42 @@ class Changing:
             await asyncio.sleep(PACE_S)
 
 
-async def insist(call: Callable[..., Any], *arguments: Any, timeout_s: float = 120.0) -> Any:
+def seen(world: World, event: str, **fields: str) -> Callable[[], bool]:
+    """Has the controller said this again since now?"""
+    before = len(world.process.said(event, **fields))
+    return lambda: len(world.process.said(event, **fields)) > before
+
+
+def alive(world: World) -> None:
+    """There is no reason to start it anew, and its stores still serve."""
+    assert world.process.running
+    for path in ("/healthz", "/readyz"):
+        assert (path, *world.process.get(path)) == (path, 200, "ok")
+
+
+async def over(world: World, mark: int) -> None:
+    """The fault has ended: everything converges, and nothing was done that must not be."""
+    process, room = world.process, world.room
+    await world.settled()
+    await wait_for(lambda: process.leads)
+    alive(world)
+    # What is gone is gone for the controller, too, and a pass over what is right writes nothing.
+    for kind in ("ArksApplication", "ArksEndpoint", "ArksModel", "ArksQuota", "ArksToken", "HTTPRoute"):
+        known = len(room.api.list(VERSIONS.get(kind, "arks.ai/v1"), kind))
+        assert (kind, process.metric("arks_controller_objects", kind=kind)) == (kind, known)
+    passes, settled = process.metric("arks_controller_passes_total", outcome="done"), room.api.audit.mark()
+    for kind, name in (("Gateway", "arks-eg"), ("Pod", room.list("Pod")[0]["metadata"]["name"])):
+        await asyncio.to_thread(room.patch, kind, name, {"metadata": {"annotations": {"seen": str(passes)}}})
+    await wait_for(lambda: process.metric("arks_controller_passes_total", outcome="done") >= passes + 2)
+    await still(room)
+    assert not writes(room, settled)
+    assert process.metric("arks_controller_queue_depth") == 0
+    assert not process.tracebacks()
+    assert not unfenced(room, mark)
+    assert not made_twice(writes(world.room, mark))
+
+
+async def insist(call: Callable[..., Any], *arguments: Any, timeout_s: float = 400.0) -> Any:
     """Make the call until it succeeds, in a thread: what breaks the server breaks our calls, too."""
     until = time.monotonic() + timeout_s
     while True:
@@ -190,12 +237,13 @@ def _ours(room: Room, since: int = 0) -> list[Write]:
     return [each for each in room.api.audit.writes(since=since) if each.user in users]
 
 
-def unfenced(room: Room) -> list[Write]:
-    """Writes by somebody after another one had taken the Lease, ever."""
+def unfenced(room: Room, since: int) -> list[Write]:
+    """Writes since then by somebody after another one had taken the Lease. Events, too."""
     holder, found = "", []
+    recent = set(_ours(room, since))
     for each in sorted(_ours(room), key=lambda write: write.asked_s):
         if each.resource != "leases":
-            if each.user != holder:
+            if each.user != holder and each in recent:
                 found.append(each)
         elif each.taken and each.holder:
             holder = each.user
