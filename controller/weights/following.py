@@ -32,23 +32,24 @@ Changed = Callable[[Key], None]
 _log = structlog.get_logger(__name__)
 
 
-_Inputs = tuple[ArksEndpoint, Sequence[Backend], dict[str, list[EngineLoad]]]
-
-
 class _Followed:
     """One endpoint with weightPolicy load."""
 
-    __slots__ = ("backends", "rested_on", "route", "route_at_s", "shares", "weights")
+    __slots__ = ("addresses", "backends", "endpoint", "resting", "route", "route_at_s", "shares", "weights")
 
     def __init__(self) -> None:
+        self.endpoint: ArksEndpoint | None = None
+        """as of the last step; one that changed is another object"""
         self.backends: Sequence[Backend] = ()
+        self.addresses: frozenset[str] = frozenset()
+        """of all its engines, as of the last step"""
         self.shares: dict[str, Share] = {}
         self.weights: dict[str, int] = {}
         """of the shares"""
         self.route: dict[str, int] = {}
         self.route_at_s = float("-inf")
-        self.rested_on: _Inputs | None = None
-        """what a step was made of that moved nothing: from the same, none will"""
+        self.resting = False
+        """nothing moved in the last step: without news, nothing will"""
 
 
 class LoadFollower:
@@ -71,6 +72,7 @@ class LoadFollower:
         self._followed: dict[Key, _Followed] = {}
         self._wanted: set[str] = set()
         """addresses of all followed engines, as of the last step"""
+        self._seen: Mapping[str, EngineLoad] = {}
         self._on_shares: list[Changed] = []
         self._on_route: list[Changed] = []
         self._on_loads: list[Callable[[Mapping[str, EngineLoad]], None]] = []
@@ -98,7 +100,7 @@ class LoadFollower:
         if followed is None:
             return backends
         if {each.application for each in backends} != followed.shares.keys():
-            self._step_one(endpoint, followed, self._engines_of(endpoint, followed))
+            self._step_one(endpoint, followed)
         return [replace(each, weight=followed.weights[each.application]) for each in backends]
 
     def weigh_route(self, endpoint: ArksEndpoint, backends: Sequence[Backend]) -> Sequence[Backend]:
@@ -129,22 +131,26 @@ class LoadFollower:
 
     def step(self) -> None:
         """One step of every followed endpoint, from the loads as they are."""
-        wanted: set[str] = set()
+        news = self._news()
         for key, followed in list(self._followed.items()):
             endpoint = self._endpoint_of(key)
             if endpoint is None or endpoint.spec.weight_policy != "load":
                 del self._followed[key]
                 continue
-            engines = self._engines_of(endpoint, followed)
-            wanted.update(*engines.values())
-            if self._step_one(endpoint, followed, engines):
+            # Of a thousand endpoints few have news within a second.
+            if followed.resting and endpoint is followed.endpoint and followed.addresses.isdisjoint(news):
+                continue
+            if self._step_one(endpoint, followed):
                 for tell in self._on_shares:
                     tell(key)
-            if self._route_due(followed):
+            if _route_behind(followed):
+                if self._clock() - followed.route_at_s < ROUTE_S:
+                    followed.resting = False  # its time will come
+                    continue
                 self._settle_route(followed)
                 for tell in self._on_route:
                     tell(key)
-        self._wanted = wanted
+        self._wanted = set().union(*(followed.addresses for followed in self._followed.values()))
         for tell_loads in self._on_loads:
             tell_loads(self.scraper.loads)
 
@@ -153,48 +159,47 @@ class LoadFollower:
             self._followed.pop(_key(endpoint), None)
             return None
         followed = self._followed.setdefault(_key(endpoint), _Followed())
-        if followed.backends != backends:
-            # Capacity changed: the weights follow at the next step; who came or went is seen at once.
-            followed.backends = tuple(backends)
+        # Capacity or addresses may have changed: the weights follow at the next step; who came or went is seen at once.
+        followed.backends, followed.resting = tuple(backends), False
         return followed
 
-    def _engines_of(self, endpoint: ArksEndpoint, followed: _Followed) -> dict[str, Sequence[str]]:
-        """Addresses by application."""
-        return {each.application: self._engines(endpoint, each.application) for each in followed.backends}
+    def _news(self) -> set[str]:
+        """Engines whose load is another than at the last call."""
+        before, self._seen = self._seen, self.scraper.loads
+        gone = before.keys() - self._seen.keys()
+        return gone | {
+            address for address, load in self._seen.items() if (was := before.get(address)) is not load and was != load
+        }
 
-    def _step_one(self, endpoint: ArksEndpoint, followed: _Followed, engines: Mapping[str, Sequence[str]]) -> bool:
-        """Whether any weight moved. Of a thousand endpoints few have news within a second: the others cost a look."""
+    def _step_one(self, endpoint: ArksEndpoint, followed: _Followed) -> bool:
+        """Whether any weight moved."""
         known = self.scraper.loads
+        engines = {each.application: self._engines(endpoint, each.application) for each in followed.backends}
         loads = {
             application: [known[address] for address in addresses if address in known]
             for application, addresses in engines.items()
         }
-        inputs = endpoint, followed.backends, loads
-        if followed.rested_on is not None and _same(followed.rested_on, inputs):
-            return False
         shares = weights_for(endpoint, followed.backends, loads, followed.shares, self._damping)
-        followed.rested_on = inputs if shares == followed.shares else None
+        followed.endpoint, followed.addresses = endpoint, frozenset().union(*engines.values())
+        followed.resting = shares == followed.shares
         followed.shares = shares
         before, followed.weights = followed.weights, {name: share.weight for name, share in shares.items()}
         return followed.weights != before
-
-    def _route_due(self, followed: _Followed) -> bool:
-        now = followed.weights
-        if not followed.route or now == followed.route or self._clock() - followed.route_at_s < ROUTE_S:
-            return False
-        if any((now.get(name, 0) > 0) != (weight > 0) for name, weight in followed.route.items()):
-            return True
-        total, before = sum(now.values()) or 1, sum(followed.route.values()) or 1
-        return any(abs(now.get(name, 0) / total - was / before) >= ROUTE_SHIFT for name, was in followed.route.items())
 
     def _settle_route(self, followed: _Followed) -> None:
         followed.route = dict(followed.weights)
         followed.route_at_s = self._clock()
 
 
-def _same(one: _Inputs, other: _Inputs) -> bool:
-    """An endpoint that changed is another object."""
-    return one[0] is other[0] and one[1] == other[1] and one[2] == other[2]
+def _route_behind(followed: _Followed) -> bool:
+    """Whether the route's weights are so far from the present ones that it is worth a write."""
+    now = followed.weights
+    if not followed.route or now == followed.route:
+        return False
+    if any((now.get(name, 0) > 0) != (weight > 0) for name, weight in followed.route.items()):
+        return True
+    total, before = sum(now.values()) or 1, sum(followed.route.values()) or 1
+    return any(abs(now.get(name, 0) / total - was / before) >= ROUTE_SHIFT for name, was in followed.route.items())
 
 
 def _key(endpoint: ArksEndpoint) -> Key:
