@@ -1,7 +1,8 @@
 """`/healthz`, `/readyz` and `/metrics` of the controller.
 
-Alive: every watch has heard the API server within three of its bookmarks' minutes, and no pass has been running for
-many. Ready: every store has had its first picture; a replica that only stands by is ready, too.
+Alive: every watch has heard the API server within three of its bookmarks' minutes, no pass has been running for many,
+and a lost leadership has ended, else this replica would never stand for election again. Ready: every store has had its
+first picture; a replica that only stands by is ready, too.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ def problems(parts: Parts) -> list[str]:
     ]
     if parts.reconciler is not None and parts.reconciler.queue.longest_running_s() > STUCK_S:
         found.append("a pass is stuck")
+    if parts.lease.ending_s > STUCK_S:
+        found.append("the lease is lost, and what led does not end")
     return found
 
 

@@ -55,11 +55,17 @@ class Lease:
         self._client, self._namespace, self._name = client, namespace, name
         self._lease_s, self._renew_s, self._retry_s, self._clock = lease_s, renew_s, retry_s, clock
         self._held_until = float("-inf")  # moves forward only by an acknowledged write
+        self._ending_since: float | None = None
         self._seen = ("", 0.0)  # resourceVersion of another's lease, and when we saw it first
 
     @property
     def is_leader(self) -> bool:
         return self._clock() < self._held_until
+
+    @property
+    def ending_s(self) -> float:
+        """For how long the tasks of a lost leadership have not ended; 0 while none is ending. They write nothing."""
+        return 0.0 if self._ending_since is None else self._clock() - self._ending_since
 
     def fence(self) -> float:
         """Seconds that the lease still holds; raises `NotLeaderError`."""
@@ -81,8 +87,9 @@ class Lease:
                     if task is not None:
                         self.stats.lost += 1
                         _log.warning("leadership lost", lease=self._name, holder=self.holder)
+                        self._ending_since = self._clock()
                         await _end(task)
-                        task = None
+                        task = self._ending_since = None
                 elif task is None and self._clock() >= restart_at:
                     self.stats.elected += 1
                     _log.info("leading", lease=self._name, identity=self.identity)

@@ -263,6 +263,31 @@ async def test_losing_the_lease_does_not_wait_for_a_task_to_write_more(
         await asyncio.wait_for(refused.wait(), 5)
 
 
+async def test_a_leaders_task_that_does_not_end_is_told_to_liveness(
+    kube_api: KubeApi, kube_namespace: str, connect: Connect
+) -> None:
+    client = await connect(kube_api.kubeconfig())
+    lease = lease_of(client, kube_namespace, "one")
+    let_go = asyncio.Event()
+
+    async def deaf() -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        await let_go.wait()
+
+    async with running(lambda: lease.run(deaf)):
+        await until(lambda: lease.is_leader)
+        assert lease.ending_s == 0.0
+        patch = {"spec": {"holderIdentity": "another", "leaseDurationSeconds": 1}}
+        await client.patch(LEASES, "leader", kube_namespace, patch)
+        await until(lambda: lease.ending_s > 0.5)
+        with pytest.raises(NotLeaderError):
+            lease.fence()
+        let_go.set()
+        await until(lambda: lease.is_leader)
+        assert lease.ending_s == 0.0
+
+
 @pytest.mark.parametrize("times", [(1.0, 2.0, 3.0), (0.5, 0.4, 0.1)])
 async def test_times_that_would_let_two_lead_are_refused(times: tuple[float, float, float]) -> None:
     lease_s, renew_s, retry_s = times
