@@ -86,6 +86,12 @@ coverage: $(VENV)/.dev
 bench-gateway: $(VENV)/.dev compiled
 	$(BIN)/python -m bench.gateway --compiled .cache/compiled/bin/python $(ARGS)
 
+.PHONY: bench-controller
+# How fast a token takes effect among 10 000, and what the controller costs, on a real API server; writes its part of
+# docs/performance.md. 12 minutes on an idle machine; the first run builds the API server.
+bench-controller: $(VENV)/.dev
+	$(BIN)/python -m bench.controller $(ARGS)
+
 .PHONY: test-faults
 # The controller's faults for as long as they last outside: minutes of 403, of black hole, of frozen API server. 12 minutes.
 test-faults: $(VENV)/.dev

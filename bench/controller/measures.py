@@ -57,6 +57,10 @@ class Changes:
     pause_s: float = 0.0
     """the longest of extproc's event loop meanwhile"""
 
+    def __str__(self) -> str:
+        slowest = [f"{1000 * percentile(each, 0.99):.0f} ms" for each in (self.created, self.revoked)]
+        return f"p99 {' and '.join(slowest)}, {self.burst} at once {1000 * self.burst_s:.0f} ms"
+
 
 @dataclass(slots=True)
 class Start:
