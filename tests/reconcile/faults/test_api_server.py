@@ -9,21 +9,27 @@ import pytest
 from controller.permissions import SERVICE_ACCOUNT, rbac
 from tests.harness.tcp_proxy import TcpProxy
 from tests.reconcile.conftest import wait_for
-from tests.reconcile.faults.world import Changing, World, alive, over, seen, writes
+from tests.reconcile.faults.world import TOKENS_KEPT, Changing, World, alive, over, seen, writes
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]
 
 
-async def test_a_killed_and_restarted_api_server(world: World):
+async def test_an_api_server_that_is_killed_and_comes_back_without_its_history(world: World, proxy: TcpProxy):
+    """We are cut off before, so that it forgets what we have not heard: tokens were deleted meanwhile."""
     api, process = world.room.api, world.process
     mark, broken = api.audit.mark(), seen(world, "watch broken")
     async with Changing(world) as changing:
         await wait_for(lambda: changing.rounds)
+        proxy.refuse()
+        unheard = changing.rounds + 2 * TOKENS_KEPT
+        await wait_for(lambda: changing.rounds >= unheard)
+        api.compact()
         await asyncio.to_thread(api.stop, kill=True)
         await wait_for(broken)
         await wait_for(lambda: process.metric("arks_controller_api_calls_total", outcome="Unreachable") > 0)
         alive(world)
         await asyncio.to_thread(api.start)
+        proxy.heal()
     await over(world, mark)
 
 
