@@ -1,6 +1,7 @@
 """The measurements, one function each, on a world that stands."""
 
 import asyncio
+import os
 import random
 import tempfile
 import time
@@ -12,6 +13,7 @@ from bench.controller.cluster import Api, Call, Cluster, path
 from bench.controller.decisions import ADMITTED, UNKNOWN, Decisions, asking
 from bench.controller.product import Pod, Process, policy_of
 from bench.controller.world import ARKS, GATEWAY_API, LWS, Size, endpoint_name, secret, tenant, token, token_path
+from bench.process import busy_s, family_cpu_s
 
 SETTLE_TIMEOUT_S = 300.0
 QUIET_S = 3.0
@@ -43,6 +45,8 @@ class Steady:
     writes: Counter[str]
     renewals: int
     """of the Lease"""
+    others_cpu: float
+    """how much of the machine was taken by what is none of the benchmark's"""
 
 
 @dataclass(slots=True)
@@ -120,13 +124,18 @@ async def check(api: Api, size: Size, *, up: bool) -> None:
 
 async def steady(controller: Process, extproc: Process, cluster: Cluster, seconds: float) -> Steady:
     cluster.new_writes()
-    before, began = (controller.cpu_s, extproc.cpu_s), time.monotonic()
+    before, others_s, began = (controller.cpu_s, extproc.cpu_s), _others_s(), time.monotonic()
     await asyncio.sleep(seconds)
     passed = time.monotonic() - began
     spent = controller.cpu_s - before[0], extproc.cpu_s - before[1]
+    others_cpu = (_others_s() - others_s) / passed / (os.cpu_count() or 1)
     memory = controller.resident_mb, extproc.resident_mb
     writes = cluster.new_writes()
-    return Steady(passed, spent[0] / passed, spent[1] / passed, *memory, writes.counts, writes.renewals)
+    return Steady(passed, spent[0] / passed, spent[1] / passed, *memory, writes.counts, writes.renewals, others_cpu)
+
+
+def _others_s() -> float:
+    return busy_s() - family_cpu_s(os.getpid())
 
 
 async def changes(api: Api, decide: Decisions, extproc: Process, size: Size, count: int, burst: int) -> Changes:

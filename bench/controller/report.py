@@ -1,5 +1,6 @@
 """The controller's part of docs/performance.md, from one run."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,7 +56,9 @@ def figures(run: Run) -> list[Figure]:
 
 def write(folder: Path, run: Run, machine: str) -> None:
     """Replace the section in performance.md; prints it, too."""
-    lines = [f"Machine: 2 shared cores, {machine}. {run.size}.", "", *figures_table(figures(run)), ""]
+    crowded = max(run.steady.others_cpu, run.following.others_cpu) > 0.05
+    where = f"Machine: {os.cpu_count()} shared cores, {machine}{', with other work on them' if crowded else ''}."
+    lines = [f"{where} {run.size}.", "", *figures_table(figures(run)), ""]
     lines += [*_settlings(run), "", *_times(run), "", *_costs(run)]
     write_section(folder, SECTION, lines)
 
@@ -92,5 +95,7 @@ def _costs(run: Run) -> list[str]:
     rows = []
     for what, each in (("no engine is looked at", run.steady), ("all weights follow load", run.following)):
         cpu = f"{100 * each.controller_cpu:.1f} %", f"{100 * each.extproc_cpu:.1f} %"
-        rows.append((what, *cpu, f"{each.controller_mb:.0f} MB", f"{each.extproc_mb:.0f} MB"))
-    return table(("steady state", "controller CPU", "extproc CPU", "controller RSS", "extproc RSS"), rows)
+        memory = f"{each.controller_mb:.0f} MB", f"{each.extproc_mb:.0f} MB"
+        rows.append((what, *cpu, *memory, f"{100 * each.others_cpu:.0f} %"))
+    head = ("steady state", "controller CPU", "extproc CPU", "controller RSS", "extproc RSS", "others on the machine")
+    return table(head, rows)

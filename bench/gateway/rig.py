@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.process import cpu_s
+from bench.process import children, cpu_s
 
 LOAD_SOURCE = Path(__file__).with_name("load.c")
 READY_TIMEOUT_S = 60.0
@@ -34,14 +34,6 @@ def build_load(folder: Path) -> Path:
     target = folder / "load"
     subprocess.run([compiler, "-O2", "-o", str(target), str(LOAD_SOURCE)], check=True)
     return target
-
-
-def children(pid: int) -> list[int]:
-    found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        with contextlib.suppress(OSError):
-            found += [int(child) for child in (task / "children").read_text().split()]
-    return found
 
 
 @dataclass(frozen=True, slots=True)
