@@ -47,6 +47,7 @@ class Loader:
         self.volume = volume
         self.lines = []
         self.environment = {}
+        self.processes = []
 
     def argument(self, source, folder="model", model="org/model"):
         return json.dumps({"model": model, "path": str(self.volume / folder), "source": source})
@@ -69,7 +70,7 @@ class Loader:
             "ARKS_LOADER_REPORT_S": "0.2",
             **(environment or {}),
         }
-        return await asyncio.create_subprocess_exec(
+        process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
             "controller.models",
@@ -79,6 +80,15 @@ class Loader:
             stderr=asyncio.subprocess.PIPE,
             **more,
         )
+        self.processes.append(process)
+        return process
+
+    async def end(self):
+        """What a failed test left running."""
+        for process in self.processes:
+            if process.returncode is None:
+                process.kill()
+                await process.communicate()
 
     def marker(self, folder="model"):
         path = self.volume / folder / ".arks-ready.json"
@@ -105,10 +115,12 @@ class Loader:
 
 
 @pytest.fixture
-def loader(tmp_path):
+async def loader(tmp_path):
     volume = tmp_path / "volume"
     volume.mkdir()
-    return Loader(volume)
+    loader = Loader(volume)
+    yield loader
+    await loader.end()
 
 
 @pytest.fixture

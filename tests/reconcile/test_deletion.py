@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from controller.reconcile.finalizers import is_ours
+from tests.reconcile.conftest import wait_for
 from tests.reconcile.resources import APPLICATION, ENDPOINT, MODEL, PAIR, QUICKSTART, SINGLE, STORED_MODEL
 
 OLD = {
@@ -81,6 +82,9 @@ async def test_a_foreground_deletion_makes_nothing_anew(room, running, actor):
     await room.phase("ArksApplication", "app-qwen", "Running")
     room.patch("ArksApplication", "app-qwen", {"metadata": {"finalizers": ["test/holds"]}})
     room.delete("ArksApplication", "app-qwen")
+    # Two watches: the Service's end must not come before its owner's deletion, which it never does for the collector.
+    known = running.controller.watches.applications
+    await wait_for(lambda: known.get((room.namespace, "app-qwen")).metadata.deletion_timestamp)
     room.delete("Service", "arks-application-app-qwen")
     await running.quiet()
     assert room.find("Service", "arks-application-app-qwen") is None
