@@ -41,7 +41,7 @@ ADDRESS = "10.254.0.1"
 SERVICES = "10.96.0.1"
 """of those that the API server gives to Services: the room has them too, for a `KubeProxy`"""
 NAMESPACE = "envoy-gateway-system"
-READY_TIMEOUT_S = 60.0
+READY_TIMEOUT_S = 120.0
 
 
 class _Loader(yaml.CSafeLoader):
@@ -324,7 +324,7 @@ class EnvoyGateway:
         """A unix socket that leads to Envoy's listener for the Gateway's `port`."""
         return self.room.reach("127.0.0.1", port)
 
-    def settle(self, kinds: Iterable[tuple[str, str]], timeout_s: float = 30.0) -> None:
+    def settle(self, kinds: Iterable[tuple[str, str]], timeout_s: float = 90.0) -> None:
         """Wait until all objects of these (apiVersion, kind) have conditions, and only good ones."""
         wanted = list(kinds)
 

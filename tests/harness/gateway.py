@@ -107,19 +107,19 @@ class Gateway:
         usage.run(usage.UsageSettings(self.state, True, None, None, None, None, limit), out)
         return [json.loads(line) for line in out.getvalue().splitlines()]
 
-    async def rows(self, count: int, timeout_s: float = 10.0) -> list[dict[str, Any]]:
+    async def rows(self, count: int, timeout_s: float = 30.0) -> list[dict[str, Any]]:
         """The rows once there are at least `count`: the journal writes within 100 ms, a disconnect takes a moment."""
         await until(lambda: self.count() >= count, timeout_s)
         return self.usage()
 
-    async def rows_of(self, request_id: str, count: int = 1, timeout_s: float = 10.0) -> list[dict[str, Any]]:
+    async def rows_of(self, request_id: str, count: int = 1, timeout_s: float = 30.0) -> list[dict[str, Any]]:
         """The rows of one request, by attempt, once there are `count`."""
         await until(lambda: self.count(request_id) >= count, timeout_s)
         found = [row for row in self.usage() if row["request_id"] == request_id]
         assert len(found) == count, found
         return sorted(found, key=lambda row: int(row["attempt"]))
 
-    async def row_of(self, request_id: str, timeout_s: float = 10.0) -> dict[str, Any]:
+    async def row_of(self, request_id: str, timeout_s: float = 30.0) -> dict[str, Any]:
         return (await self.rows_of(request_id, 1, timeout_s))[0]
 
     def count(self, request_id: str | None = None) -> int:
@@ -166,7 +166,7 @@ class Gateway:
         hidden.replace(self.policy / name)
 
 
-async def until(holds: Callable[[], bool], timeout_s: float = 10.0) -> None:
+async def until(holds: Callable[[], bool], timeout_s: float = 30.0) -> None:
     """Poll what another process does. Raises TimeoutError."""
     async with asyncio.timeout(timeout_s):
         while not holds():  # noqa: ASYNC110 - nothing here could set an event

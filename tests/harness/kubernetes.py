@@ -62,7 +62,7 @@ from tests.harness.go_build import go_binary
 KUBERNETES_VERSION = "1.36.3"
 ETCD_VERSION = "3.6.8"
 CERTS_VERSION = "1"
-READY_TIMEOUT_S = 60.0
+READY_TIMEOUT_S = 120.0
 CONTROLLERS = (
     "deployment-controller",
     "replicaset-controller",

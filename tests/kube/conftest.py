@@ -83,7 +83,7 @@ class Changes:
         return [what for who, what in self.seen if who == name]
 
 
-async def until(condition: Callable[[], object], timeout_s: float = 15.0) -> None:
+async def until(condition: Callable[[], object], timeout_s: float = 60.0) -> None:
     """Wait for what the other side of a real network will make true."""
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110 - what happens on a server sets no event here

@@ -87,7 +87,7 @@ def test_the_controllers_of_kubernetes_do_what_they_do(kube_cluster: KubeApi) ->
     kube_cluster.remove_namespace(namespace)
 
 
-def eventually(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
+def eventually(condition: Callable[[], bool], timeout_s: float = 90.0) -> None:
     until = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < until, "never became true"

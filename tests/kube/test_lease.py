@@ -78,7 +78,7 @@ def two(kube_api: KubeApi, kube_namespace: str, tmp_path: Path) -> Iterator[list
             each.end()
 
 
-def wait(condition: object, timeout_s: float = 20.0) -> float:
+def wait(condition: object, timeout_s: float = 60.0) -> float:
     began = time.monotonic()
     while not condition():  # type: ignore[operator]
         assert time.monotonic() - began < timeout_s, "never became true"

@@ -26,7 +26,7 @@ from tests.limits.ground import ONE, Clock, admitted, quota, record, tpd
 RULES = (tpd(10**6), quota(10**6))
 
 
-def until(true, timeout_s: float = 10.0) -> None:
+def until(true, timeout_s: float = 30.0) -> None:
     end = time.monotonic() + timeout_s
     while not true():
         assert time.monotonic() < end, "in time"

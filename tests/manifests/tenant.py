@@ -18,7 +18,7 @@ TENANT = "team-a"
 MODEL = "chat"
 LEFT, RIGHT = "left", "right"
 GATEWAY = {"name": "arks-eg", "namespace": "arks-operator-system"}
-READY_TIMEOUT_S = 60.0
+READY_TIMEOUT_S = 120.0
 
 
 def application(name: str, serves: str, replicas: int = 1) -> Object:

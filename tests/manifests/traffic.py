@@ -15,7 +15,7 @@ from tests.manifests.platform import Platform
 from tests.manifests.tenant import secret_of
 
 PAUSE_S = 0.01
-TIMEOUT_S = 45.0
+TIMEOUT_S = 90.0
 
 
 class Answer(NamedTuple):

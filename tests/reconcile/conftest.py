@@ -26,7 +26,7 @@ from tests.reconcile.resources import GATEWAY
 
 CRDS = Path(__file__).parents[2] / "manifests" / "crds"
 STAND_INS = Path(__file__).parents[1] / "harness" / "crds"
-TIMEOUT_S = 20.0
+TIMEOUT_S = 60.0
 
 
 def gateway_kinds() -> list[Object]:
@@ -127,7 +127,7 @@ class Room:
 
     async def gone(self, kind: str, name: str) -> None:
         """The cluster's collector takes up to half a minute to know a kind that was installed just now."""
-        await wait_for(lambda: self.find(kind, name) is None, 45.0)
+        await wait_for(lambda: self.find(kind, name) is None, 120.0)
 
 
 VERSIONS = {

@@ -84,7 +84,7 @@ class Decisions:
             call.cancel()
         return ADMITTED
 
-    async def until(self, secret: str, wanted: int, timeout_s: float = 10.0) -> float:
+    async def until(self, secret: str, wanted: int, timeout_s: float = 30.0) -> float:
         """Ask until it is so; the seconds that took."""
         loop = asyncio.get_running_loop()
         began = loop.time()

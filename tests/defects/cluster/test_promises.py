@@ -7,7 +7,7 @@ import pytest
 from tests.reconcile.conftest import wait_for
 from tests.reconcile.resources import ENDPOINT, SINGLE, STORED_MODEL
 
-AUTOSCALER_TIMEOUT_S = 60.0
+AUTOSCALER_TIMEOUT_S = 120.0
 """it looks every 15 s"""
 
 PRIORITY_CLASS = {
