@@ -162,8 +162,8 @@ def _add_extproc(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     ):
         options.add_flag(parser, flag, options.existing_file, None, text, metavar="FILE")
     _on_journal_failure(parser)
-    text = "After SIGTERM, how long open streams may go on."
-    options.add_flag(parser, "--drain-timeout-s", options.seconds, "600", text, metavar="SECONDS")
+    text = "After SIGTERM, how long requests under way are waited for. Then they go on through Envoy alone."
+    options.add_flag(parser, "--drain-timeout-s", options.seconds, "30", text, metavar="SECONDS")
     text = "Keep Envoy's list of engines (EDS) in this file."
     options.add_flag(parser, "--eds-file", options.file_path, None, text, metavar="PATH")
     options.add_switch(parser, USER_LABEL, "Label `user` (the token's name) on the gateway_* metrics.")

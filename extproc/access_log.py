@@ -131,5 +131,8 @@ class _Entries:
 
     def on_half_close(self) -> None: ...
 
+    def on_deadline(self) -> bool:
+        return False
+
     def on_close(self, reason: CloseReason) -> None:
         self._abandoned.forget(self._stream)

@@ -2,7 +2,8 @@
 
 Start: state folder (counters, leases, ledger), policy (a broken one at the first start is refused), health checks,
 admin port, the gRPC listener last. Stop, on SIGTERM or SIGINT: /readyz says so, no new streams, open ones finish and
-settle (at most `drain_timeout_s`), the journal is written out. Exit status 0 after that, 1 where a part cannot start.
+settle (at most `drain_timeout_s`; then Envoy goes on without us), the journal is written out. Exit status 0 after that,
+1 where a part cannot start.
 """
 
 import asyncio

@@ -22,7 +22,7 @@ from extproc.admission import Admission, Admitted
 from extproc.endpoints import ModelList, route
 from extproc.errors import Refused, refused
 from extproc.identity import identify, secret_of
-from extproc.ledger.model import BROKEN_OFF, Accuracy, Ledger, UsageRecord
+from extproc.ledger.model import BROKEN_OFF, GATEWAY_RESTARTED, Accuracy, Ledger, UsageRecord
 from extproc.limits.context import encode_context
 from extproc.limits.model import Amounts, LimitStore
 from extproc.messages import Attribute, HeaderNames
@@ -164,6 +164,19 @@ class Exchange:
 
     def on_half_close(self) -> None:
         """Envoy has no more to send; what is to be settled is settled at the close."""
+
+    def on_deadline(self) -> bool:
+        """An admitted request goes on without us rather than not at all; it is charged for what it had so far."""
+        admitted, tap = self._admitted, self._tap
+        if admitted is None or (tap is not None and not tap.dispensable()):
+            return False
+        if not self._settled:
+            if self._status >= 300:
+                self._settle_complete()
+            else:
+                usage, accuracy = self._so_far(admitted)
+                self._settle(usage, accuracy, GATEWAY_RESTARTED, Outcome.ABANDONED)
+        return True
 
     def on_close(self, reason: CloseReason) -> None:
         if self._admitted is not None and not self._settled:
@@ -370,11 +383,7 @@ class Exchange:
         if self._status >= 300:
             self._settle_complete()
             return
-        accuracy: Accuracy = "exact"
-        if tap is not None and tap.usage is not None and tap.final:
-            usage = tap.usage
-        else:
-            usage, accuracy = self._estimate(admitted), "estimated"
+        usage, accuracy = self._so_far(admitted)
         self._settled = True
         deps = self._deps
         deps.store.settle(admitted.lease, Amounts(1, usage.prompt, usage.completion))
@@ -389,6 +398,12 @@ class Exchange:
             self._book(replace(row, status=status, error=error or reason), outcome)
 
         deps.abandoned.wait(self._request_id.decode("latin-1"), told)
+
+    def _so_far(self, admitted: Admitted) -> tuple[Usage, Accuracy]:
+        tap = self._tap
+        if tap is not None and tap.usage is not None and tap.final:
+            return tap.usage, "exact"
+        return self._estimate(admitted), "estimated"
 
     def _estimate(self, admitted: Admitted) -> Usage:
         """The prompt by the endpoint's learned ratio to its upper bound, the answer by what was delivered."""

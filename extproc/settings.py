@@ -36,8 +36,8 @@ class ExtprocSettings:
     tls: TlsSettings | None = None
     on_journal_failure: OnJournalFailure = "refuse"
     """what happens to new requests while the state folder cannot be written"""
-    drain_timeout_s: float = 600.0
-    """after SIGTERM, how long open streams may go on"""
+    drain_timeout_s: float = 30.0
+    """after SIGTERM, how long requests under way are waited for; then they go on without this process"""
     eds_file: Path | None = None
     """where to keep Envoy's view of the engines (`apis.eds`); None: some other control plane tells Envoy"""
     message_limit_bytes: int = BODY_LIMIT_BYTES + 1024 * 1024

@@ -14,6 +14,9 @@ LEASE_EXPIRED = "lease_expired"
 BROKEN_OFF = "broken_off"
 """`UsageRecord.error` of a request whose answer broke off, until it is known why (about a tenth of a second)"""
 
+GATEWAY_RESTARTED = "gateway_restarted"
+"""`UsageRecord.error` of a request that outlasted a drain: charged for what it had by then, the rest went by unseen"""
+
 
 class UsageRecord(msgspec.Struct, frozen=True, gc=False):
     id: str
@@ -32,7 +35,7 @@ class UsageRecord(msgspec.Struct, frozen=True, gc=False):
     engine: str
     """ip:port, empty where none was reached"""
     status: int
-    """what the client got, or 499 where it left; 0 for a lease that expired unsettled"""
+    """what the client got, or 499 where it left; 0 where that was never seen (an expired lease, a drain)"""
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int

@@ -6,7 +6,11 @@ each message as it arrives, in order, on the event loop, and tells it exactly on
 
 import enum
 from collections.abc import Callable, Mapping
-from typing import Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias
+
+LET_GO_S: Final = 2.0
+"""after a drain's timeout: how long calls are asked whether their peers may go on without them"""
+LET_GO_EVERY_S: Final = 0.02
 
 
 class CloseReason(enum.Enum):
@@ -44,6 +48,11 @@ class Call(Protocol):
         True: then the call goes on sending until `Stream.finish`, as the answer to a single request does.
         """
 
+    def on_deadline(self) -> bool:
+        """The drain's time is up and the stream is still open. True: it ends now, with OK, and the peer goes on without
+        it; False: it goes on for another moment, is asked again, and is cut at last.
+        """
+
     def on_close(self, reason: CloseReason) -> None:
         """The stream is over. Called exactly once, also after an exception."""
 
@@ -69,7 +78,10 @@ class Server(Protocol):
     """HOST:PORT (the real port where 0 was asked for) or unix:PATH"""
 
     async def drain(self, timeout_s: float) -> None:
-        """Stop accepting, tell peers (GOAWAY), wait until open streams end, at most `timeout_s`."""
+        """Stop accepting, tell peers (GOAWAY), wait until open streams end, at most `timeout_s`.
+
+        Then calls may let go of their streams (`Call.on_deadline`), for LET_GO_S at most.
+        """
 
     async def close(self) -> None:
         """Close everything now; every open call gets `on_close(LOST)`."""

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Final
 import grpc
 import grpc.aio
 
-from extproc.transport.core import CloseReason, GrpcError
-from extproc.transport.link import log_failure
+from extproc.transport.core import LET_GO_EVERY_S, LET_GO_S, CloseReason, GrpcError
+from extproc.transport.link import log_failure, may_go
 from extproc.transport.listening import CertificateFiles, SocketFile, clear_stale, host_and_port, unix_path
 
 if TYPE_CHECKING:
@@ -80,6 +80,10 @@ class _Stream:
             log_failure("a call failed", error)
             self.fail(13, "internal error")
 
+    def let_go(self) -> None:
+        if self.call is not None and may_go(self.call):
+            self.finish()
+
     async def serve(self, service: Service) -> None:
         try:
             self.call = service(self)
@@ -140,6 +144,7 @@ class _Handlers(grpc.GenericRpcHandler):
     def __init__(self, services: Services, max_held_bytes: int) -> None:
         self._services = services
         self._max_held_bytes = max_held_bytes
+        self.streams: set[_Stream] = set()
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
         service = self._services.get(details.method)
@@ -147,7 +152,12 @@ class _Handlers(grpc.GenericRpcHandler):
             return None
 
         async def behaviour(_requests: Any, context: Any) -> None:
-            await _Stream(context, self._max_held_bytes).serve(service)
+            stream = _Stream(context, self._max_held_bytes)
+            self.streams.add(stream)
+            try:
+                await stream.serve(service)
+            finally:
+                self.streams.discard(stream)
 
         handler: grpc.RpcMethodHandler = grpc.stream_stream_rpc_method_handler(behaviour)  # type: ignore[no-untyped-call]
         return handler
@@ -157,10 +167,17 @@ class GrpcAioServer:
     """A `core.Server`."""
 
     def __init__(
-        self, server: grpc.aio.Server, *, address: str, socket_file: SocketFile | None, health: Health | None
+        self,
+        server: grpc.aio.Server,
+        handlers: _Handlers,
+        *,
+        address: str,
+        socket_file: SocketFile | None,
+        health: Health | None,
     ) -> None:
         self.address = address
         self._server = server
+        self._handlers = handlers
         self._socket_file = socket_file
         self._health = health
 
@@ -169,7 +186,12 @@ class GrpcAioServer:
             self._health.drain()
         if self._socket_file is not None:
             self._socket_file.remove()
-        await self._server.stop(timeout_s)
+        stopping = asyncio.ensure_future(self._server.stop(timeout_s + LET_GO_S))
+        await asyncio.wait([stopping], timeout=timeout_s)
+        while not stopping.done():
+            for stream in list(self._handlers.streams):
+                stream.let_go()
+            await asyncio.wait([stopping], timeout=LET_GO_EVERY_S)
 
     async def close(self) -> None:
         if self._socket_file is not None:
@@ -200,14 +222,15 @@ async def serve(
         ]
     )
     everything = {**services, **(health.services if health is not None else {})}
-    server.add_generic_rpc_handlers((_Handlers(everything, _MAX_HELD_MESSAGES * max_message_bytes),))
+    handlers = _Handlers(everything, _MAX_HELD_MESSAGES * max_message_bytes)
+    server.add_generic_rpc_handlers((handlers,))
     path = unix_path(address)
     if path is None:
         host, _ = host_and_port(address)
         port = _bind(server, address, tls)
         await server.start()
         shown = f"[{host}]" if ":" in host else host
-        return GrpcAioServer(server, address=f"{shown}:{port}", socket_file=None, health=health)
+        return GrpcAioServer(server, handlers, address=f"{shown}:{port}", socket_file=None, health=health)
     clear_stale(path)
     before = os.umask(0o177)  # grpcio binds and listens in one step: the file must be ours alone from the first moment
     try:
@@ -216,7 +239,7 @@ async def serve(
         os.umask(before)
     path.chmod(0o600)
     await server.start()
-    return GrpcAioServer(server, address=address, socket_file=SocketFile(path), health=health)
+    return GrpcAioServer(server, handlers, address=address, socket_file=SocketFile(path), health=health)
 
 
 def _bind(server: grpc.aio.Server, address: str, tls: CertificateFiles | None) -> int:

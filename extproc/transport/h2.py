@@ -6,9 +6,11 @@ Envoy's many short streams cost this end about a fiftieth of what they cost grpc
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import TYPE_CHECKING, cast
 
 from extproc.transport.connection import Connection
+from extproc.transport.core import LET_GO_EVERY_S, LET_GO_S
 from extproc.transport.link import Limits
 from extproc.transport.listening import CertificateFiles, SocketFile, address_of, listen, tls_context, unix_path
 from extproc.transport.register import Register
@@ -46,6 +48,11 @@ class H2Server:
             connection.begin_drain()
         if connections:
             await asyncio.wait([connection.ended for connection in connections], timeout=timeout_s)
+        until = time.monotonic() + LET_GO_S
+        while self._connections and time.monotonic() < until:
+            for connection in list(self._connections):
+                connection.let_go()
+            await asyncio.sleep(LET_GO_EVERY_S)
 
     async def close(self) -> None:
         self._stop_listening()

@@ -100,6 +100,9 @@ class _Check:
 
     def on_half_close(self) -> None: ...
 
+    def on_deadline(self) -> bool:
+        return False
+
     def on_close(self, reason: CloseReason) -> None: ...
 
 
@@ -127,6 +130,9 @@ class _Watch:
 
     def on_half_close(self) -> bool:
         return True
+
+    def on_deadline(self) -> bool:
+        return False
 
     def on_close(self, reason: CloseReason) -> None:
         self._health.unwatch(self)

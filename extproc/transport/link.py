@@ -22,6 +22,7 @@ from extproc.transport.frames import (
 )
 
 if TYPE_CHECKING:
+    from extproc.transport.core import Call
     from extproc.transport.register import Register
     from extproc.transport.stream import H2Stream
 
@@ -189,6 +190,13 @@ class Link:
         if self._refuse_after != MAX_WINDOW and not self._streams:
             self._close()
 
+    def let_go(self) -> None:
+        """End the streams whose peer may go on without them."""
+        for stream in list(self._streams.values()):
+            call = stream.call
+            if call is not None and may_go(call):
+                stream.finish()
+
     def shut(self) -> None:
         """Close now; open calls end with LOST."""
         self._end_all(CloseReason.LOST)
@@ -248,6 +256,15 @@ class Link:
         if now >= self._interval_end:
             self._interval_end = now + self._limits.abuse_interval_s
             self._resets = self._idle_frames = 0
+
+
+def may_go(call: Call) -> bool:
+    """`on_deadline`; a call that fails is cut."""
+    try:
+        return call.on_deadline()
+    except Exception as error:
+        log_failure("on_deadline failed", error)
+        return False
 
 
 def tell_end(stream: H2Stream, reason: CloseReason) -> None:

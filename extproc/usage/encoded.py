@@ -74,6 +74,10 @@ class DecodingTap(Findings):
         self.usage, self.error, self.started = inner.usage, inner.error, inner.started
         self.done, self.final = inner.done, inner.final
 
+    def dispensable(self) -> bool:
+        """What was begun decoded must be decoded to its end."""
+        return not self.decodes
+
     def delivered_tokens(self) -> int:
         """As the inner tap estimates."""
         return self._inner.delivered_tokens()

@@ -42,6 +42,10 @@ class Findings:
         if not self.parallel:
             self.events = self.text_bytes = 0
 
+    def dispensable(self) -> bool:
+        """Bytes go out as they come."""
+        return True
+
     def delivered_tokens(self) -> int:
         """Completion tokens that went by, as far as the body tells.
 

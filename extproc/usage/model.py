@@ -33,5 +33,8 @@ class Tap(Protocol):
     def feed(self, chunk: bytes, end: bool) -> bytes | None:
         """One piece of the body. None: pass it on as it is. Bytes: pass these on instead (may be empty)."""
 
+    def dispensable(self) -> bool:
+        """From here on the body may go out without this tap: nothing is held back, and bytes leave as they come."""
+
     def delivered_tokens(self) -> int:
         """Estimate of the completion tokens that went by so far, for a client that left."""

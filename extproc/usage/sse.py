@@ -75,6 +75,10 @@ class SseTap(Findings):
                     return None
         return self._follow(chunk, end)
 
+    def dispensable(self) -> bool:
+        """No event waits for its end."""
+        return (self._shown or not self._size) and not self._drop_lf
+
     def _follow(self, chunk: bytes, end: bool) -> bytes | None:
         """The exact way."""
         if self._blind:
