@@ -29,6 +29,7 @@ class Recorded:
         self.messages = []
         self.half_closed = False
         self.ends = []
+        self.asked = 0
         self.over = asyncio.get_running_loop().create_future()
         book.append(self)
 
@@ -64,6 +65,12 @@ class Recorded:
         if self.messages[-1:] == [b"raise at end"]:
             raise RuntimeError
         return self.messages[:1] == [b"stay"]
+
+    def on_deadline(self):
+        self.asked += 1
+        if self.messages[-1:] == [b"raise at the deadline"]:
+            raise RuntimeError
+        return self.messages[-1:] == [b"may go"] or (self.messages[-1:] == [b"may go soon"] and self.asked > 2)
 
     def on_close(self, reason):
         self.ends.append(reason)

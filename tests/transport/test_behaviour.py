@@ -265,6 +265,41 @@ async def test_drain_gives_up_at_its_timeout(end, start, connect, book):
     assert len(book[0].ends) == 1
 
 
+async def test_after_its_timeout_a_drain_ends_with_ok_what_may_go_and_cuts_the_rest(end, start, connect, book):
+    server = await start(end)
+    calls = {}
+    for word in (b"may go", b"may go soon", b"stay", b"raise at the deadline"):
+        calls[word] = connect(server).stream_stream("/t/Call")()
+        await calls[word].write(word)
+        assert await calls[word].read() == word
+    draining = asyncio.ensure_future(server.drain(0.1))
+    for word in (b"may go", b"may go soon"):
+        assert await calls[word].read() is grpc.aio.EOF
+        assert await calls[word].code() is grpc.StatusCode.OK
+    assert not draining.done()
+    await draining
+    await server.close()
+    for word in (b"stay", b"raise at the deadline"):
+        assert await calls[word].code() is not grpc.StatusCode.OK
+    assert {call.messages[0]: call.ends for call in book if call.messages[0].startswith(b"may")} == {
+        b"may go": [CloseReason.DONE],
+        b"may go soon": [CloseReason.DONE],
+    }
+    assert all(len(call.ends) == 1 for call in book)
+
+
+async def test_no_call_is_asked_to_go_before_the_timeout(end, start, connect, book):
+    server = await start(end)
+    call = connect(server).stream_stream("/t/Call")()
+    await call.write(b"may go")
+    assert await call.read() == b"may go"
+    draining = asyncio.ensure_future(server.drain(20))
+    await asyncio.sleep(0.1)
+    assert not book[0].asked
+    await call.done_writing()
+    await asyncio.wait_for(draining, 5)
+
+
 async def test_unix_socket_is_private_replaces_a_stale_file_and_goes_away(end, start, connect, tmp_path):
     path = tmp_path / "s"
     first = await start(end, f"unix:{path}")

@@ -198,3 +198,19 @@ def test_a_plain_body_called_gzip_passes_untouched_and_is_a_failure():
 def test_findings_have_no_dict():
     assert not hasattr(SseTap("chat", hide_usage=False), "__dict__")
     assert not hasattr(Findings(), "__dict__")
+
+
+@given(made=TRANSCRIPTS, encoding=st.sampled_from(["", "gzip"]), hide=st.booleans(), cuts=CUTS)
+def test_where_a_tap_is_dispensable_the_rest_may_go_out_as_it_is(made, encoding, hide, cuts):
+    body = made.encode()
+    raw = gzip.compress(body) if encoding else body
+    tap, out, seen, free = sse_tap(made, hide=hide, encoding=encoding), b"", 0, 0
+    hides = hide and made.api in {"chat", "completions"}
+    for chunk in cut(raw, cuts):
+        changed = tap.feed(chunk, False)
+        out, seen = out + (chunk if changed is None else changed), seen + len(chunk)
+        if tap.dispensable():
+            free += 1
+            assert out + raw[seen:] in {raw, made.encode(hidden=hides)}
+    # It is so at the end of a stream, but for what is decoded on its way.
+    assert bool(free) == (not (encoding and hides))
