@@ -27,14 +27,23 @@ COMPLETIONS_MAX_TOKENS = 16
 TOKENS_MAX = 2**53 - 1
 
 _CONVERSATION = {
-    "chat": frozenset({"messages", "tools", "functions", "documents", "chat_template_kwargs", "response_format"}),
-    "messages": frozenset({"messages", "system", "tools"}),
-    "responses": frozenset({"input", "instructions", "tools", "text", "prompt"}),
-    "embeddings": frozenset({"input", "messages", "instruction"}),
-    "completions": frozenset({"prompt", "suffix"}),
+    "chat": frozenset(
+        {"messages", "tools", "functions", "documents", "chat_template_kwargs", "response_format", "input_ids"}
+    ),
+    "messages": frozenset({"messages", "system", "tools", "output_config"}),
+    "responses": frozenset(
+        {"input", "instructions", "tools", "text", "prompt", "previous_input_messages", "chat_template_kwargs"}
+    ),
+    "embeddings": frozenset({"input", "messages", "instruction", "chat_template_kwargs"}),
+    "completions": frozenset({"prompt", "prompt_embeds", "suffix"}),
 }
-_LISTS = frozenset({"prompt", "input"})
+_LISTS = frozenset({"prompt", "input", "input_ids"})
 """may be a list of token ids"""
+_PAIRS = (
+    *(("query", "documents"), ("query", "items"), ("queries", "documents"), ("queries", "items")),
+    *(("text_1", "text_2"), ("data_1", "data_2")),
+)
+_WITH_EACH_PAIR = frozenset({"instruction", "instruct", "chat_template_kwargs"})
 _TOOLS = frozenset({"tools", "functions"})
 _OUTPUT = frozenset({"max_tokens", "max_completion_tokens", "max_output_tokens"})
 _LIST_LOOKS = 16
@@ -134,12 +143,13 @@ def _texts_or_ids(raw: bytes, media_tokens: int) -> int:
 def _pairs(fields: Mapping[str, msgspec.Raw], media_tokens: int) -> int:
     """Rerank and score run every query with every document: one side counts as often as the other has entries."""
     bound = 0
-    for left, right in (("query", "documents"), ("text_1", "text_2"), ("queries", "documents"), ("query", "items")):
+    with_each = SEQUENCE_TOKENS + sum(len(bytes(fields[name])) for name in fields.keys() & _WITH_EACH_PAIR)
+    for left, right in _PAIRS:
         if left in fields and right in fields:
             ones, others = bytes(fields[left]), bytes(fields[right])
             one_count, other_count = _count_entries(ones), _count_entries(others)
             pairs = max(one_count, other_count)
-            pair_bound = SEQUENCE_TOKENS * pairs
+            pair_bound = with_each * pairs
             pair_bound += _with_media(ones, media_tokens) * (other_count if one_count == 1 else 1)
             pair_bound += _with_media(others, media_tokens) * (one_count if other_count == 1 else 1)
             bound = max(bound, pair_bound)

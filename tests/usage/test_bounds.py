@@ -127,6 +127,14 @@ def test_a_picture_in_a_responses_input_counts_its_allowance():
             TOOL_TEMPLATE_TOKENS + 30,
         ),
         ("chat", {"model": "m" * 500}, 0, 0),
+        # what engines read in place of the usual field, or beside it
+        ("chat", {"messages": [], "input_ids": list(range(1000))}, 1000, 1010),
+        ("responses", {"input": "", "previous_input_messages": [{"content": "x" * 500}]}, 500, 530),
+        ("completions", {"prompt": "", "prompt_embeds": "x" * 500}, 500, 510),
+        ("messages", {"messages": [], "output_config": {"format": "x" * 500}}, 500, 530),
+        ("score", {"data_1": "a" * 100, "data_2": ["b" * 5] * 10}, 1050, 1300),
+        ("score", {"queries": "a" * 100, "items": ["b" * 5] * 10}, 1050, 1300),
+        ("rerank", {"query": "q", "documents": ["d"] * 10, "instruction": "i" * 100}, 1000, 1200),
     ],
 )
 def test_other_inputs(api, body, least, most):
