@@ -41,10 +41,16 @@ _ENGINE_FIELDS: Final = (
     "cache_salt",
     "custom_logit_processor",
     "data_parallel_rank",
+    "routed_dp_rank",
+    "disagg_prefill_dp_rank",
+    "extra_key",
+    "rid",
+    "lora_path",
     "nvext",
 )
 """Fields by which a client could steer an engine's inside: engines believe stale transfer parameters and dial the host
-they name, unpickle logit processors, jump queues. `*` as in file names."""
+they name, unpickle logit processors, jump queues, answer with another adapter than the model that was allowed (SGLang's
+`lora_path`). `*` as in file names."""
 _STATEFUL_FIELDS: Final = ("background", "conversation", "previous_response_id")
 """The Responses API's fields that make an engine work on without a reader, whose tokens nobody would count, or speak of
 what it has stored, which it does not keep apart by tenant (vLLM 0.32 with VLLM_ENABLE_RESPONSES_API_STORE). Taking them

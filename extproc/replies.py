@@ -13,8 +13,21 @@ from extproc.limits.model import Lease, Standing
 
 _UNSET: Final = (f"{PIN_HEADER}-subset", "x-arks-tenant", "x-arks-priority")
 """headers that are the gateway's word, too, but that a reply does not set: a client's copies never pass"""
-_ENGINE_HEADERS: Final = ("x-vllm-priority", "x-session-id", "x-data-parallel-rank")
-"""vLLM takes these for the body's fields of the same purpose, which admission removes (0.32)"""
+_DYNAMO_ROUTING: Final = ("worker-instance-id", "prefill-instance-id", "dp-rank", "prefill-dp-rank")
+_DYNAMO: Final = (
+    *(f"x-{name}" for name in _DYNAMO_ROUTING),
+    *(f"x-dynamo-{name}" for name in _DYNAMO_ROUTING),
+    *("x-dynamo-request-priority", "x-dynamo-request-strict-priority", "x-dynamo-meta-policy-class"),
+    *("x-dynamo-session-id", "x-dynamo-session-final", "x-dynamo-parent-session-id", "x-parent-session-id"),
+    *("x-bypass-remote-prefill", "x-tenant-id"),
+)
+"""Dynamo 1.6.1: they overrule `nvext`"""
+_ENGINE_HEADERS: Final = (
+    *("x-vllm-priority", "x-session-id", "x-data-parallel-rank"),  # vLLM 0.32; the last one SGLang, too
+    "x-smg-routing-key",  # SGLang 0.5.23: who shares a key with running requests is scheduled first
+    *_DYNAMO,
+)
+"""Engines take these for the body's fields of the same purpose, which admission removes, or even before them."""
 
 # Credentials stop here: engines need none of ours, and their logs are not ours to keep clean. A compressed answer could
 # not have its usage event hidden in place, so engines are asked for plain ones. What was read and metered as plain JSON

@@ -26,6 +26,11 @@ STEERING = {
     "cache_salt": "mine",
     "custom_logit_processor": "gASV",
     "data_parallel_rank": 3,
+    "routed_dp_rank": 3,
+    "disagg_prefill_dp_rank": 3,
+    "extra_key": "mine",
+    "rid": "another's",
+    "lora_path": "another's",
     "nvext": {"backend_instance_id": 1},
 }
 ODD = (
@@ -189,9 +194,20 @@ async def test_cache_salt_is_the_tenants_own_and_never_the_clients(gateway, engi
     assert "default" not in salts[0]
 
 
+STEERING_HEADERS = (
+    *("x-vllm-priority", "x-session-id", "x-data-parallel-rank", "x-smg-routing-key"),
+    *("x-worker-instance-id", "x-prefill-instance-id", "x-dp-rank", "x-prefill-dp-rank"),
+    *("x-dynamo-worker-instance-id", "x-dynamo-prefill-instance-id", "x-dynamo-dp-rank", "x-dynamo-prefill-dp-rank"),
+    *("x-dynamo-request-priority", "x-dynamo-request-strict-priority", "x-dynamo-meta-policy-class"),
+    *("x-dynamo-session-id", "x-dynamo-session-final", "x-dynamo-parent-session-id", "x-parent-session-id"),
+    *("x-bypass-remote-prefill", "x-tenant-id"),
+)
+
+
 async def test_credentials_and_owned_headers_never_reach_the_engine(gateway, engine, session):
     forged = {
         **ALICE,
+        **dict.fromkeys(STEERING_HEADERS, "1"),
         "X-Api-Key": "sk-alice",
         "x-gateway-destination-endpoint": "10.0.0.1:80",
         "x-gateway-destination-endpoint-subset": "10.0.0.1:80",
@@ -203,8 +219,6 @@ async def test_credentials_and_owned_headers_never_reach_the_engine(gateway, eng
         "x-envoy-upstream-rq-timeout-ms": "1",
         "x-envoy-retry-on": "5xx",
         "content-encoding": "identity",
-        "x-vllm-priority": "-100",
-        "x-data-parallel-rank": "3",
         "x-custom": "kept",
     }
     async with session.post(gateway.url + CHAT, json=chat(), headers=forged) as answer:
@@ -214,7 +228,7 @@ async def test_credentials_and_owned_headers_never_reach_the_engine(gateway, eng
     assert headers["x-gateway-destination-endpoint"] == engine.address
     assert (headers["model"], headers["namespace"], headers["username"]) == ("qwen-7b", "default", "alice")
     gone = {"authorization", "x-api-key", "x-gateway-destination-endpoint-subset", "x-arks-tenant", "x-arks-priority"}
-    gone |= {"x-envoy-upstream-rq-timeout-ms", "x-envoy-retry-on", "x-vllm-priority", "x-data-parallel-rank"}
+    gone |= {"x-envoy-upstream-rq-timeout-ms", "x-envoy-retry-on", *STEERING_HEADERS}
     assert not gone & headers.keys()
     assert "sk-alice" not in json.dumps(headers)
 
