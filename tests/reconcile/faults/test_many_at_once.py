@@ -1,9 +1,13 @@
-"""5 000 tokens and 500 endpoints, applied as fast as the API server takes them, on the controller as it ships."""
+"""5 000 tokens and 500 endpoints, applied as fast as the API server takes them, on the controller as it ships.
+
+The suite's short form makes a fifth of them; `make test-faults` all.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import os
 import random
 import time
 from collections import Counter
@@ -22,7 +26,8 @@ from tests.reconcile.resources import GATEWAY, QUOTA
 
 pytestmark = pytest.mark.timeout(600)
 
-TOKENS, ENDPOINTS, USERS = 5_000, 500, 16
+TOKENS, ENDPOINTS = (5_000, 500) if os.environ.get("ARKS_FAULTS") == "1" else (1_000, 100)
+USERS = 16
 DEADLINE_S = 300.0
 RSS_MB = 300.0  # of the 512 that its pod is limited to
 
@@ -35,7 +40,7 @@ def hall(built: None) -> Iterator[Room]:
         yield Room(api, api.create_namespace())
 
 
-async def test_five_thousand_tokens_and_five_hundred_endpoints(hall: Room, tmp_path: Path):
+async def test_every_one_is_served_once_and_then_all_is_still(hall: Room, tmp_path: Path):
     stream = f"unix:{tmp_path / 'policy.sock'}"
     process = ControllerProcess(hall.api, tmp_path, real=True, policy_stream=stream)
     try:
