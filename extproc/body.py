@@ -62,14 +62,15 @@ def _shown(name: str) -> str:
 
 
 def _each_once(body: bytes, fields: Fields) -> bool:
-    """Whether the fields account for every byte, as compact or as Python's default JSON writes them.
+    """Whether the body is these fields and nothing else, as compact or as Python's default JSON writes them.
 
     A field said twice would leave bytes over. Bodies written in any other style are walked exactly (`spans`).
     """
-    compact = len(_encode(fields))
-    return len(body) == compact or (
-        len(body) == compact + 2 * len(fields) - 1 and body[body.find(b":") + 1 : body.find(b":") + 2] == b" "
-    )
+    written = _encode(fields)
+    if len(body) == len(written) + 2 * len(fields) - 1:
+        spaced = [b'"%b": %b' % (name.encode(), value) for name, value in fields.items()]
+        written = b"{%b}" % b", ".join(spaced)
+    return body == written
 
 
 class Span(NamedTuple):

@@ -75,6 +75,8 @@ def test_a_field_said_twice_is_refused_in_any_style(value, style, data):
         (b'{"a":1}x', "invalid_json"),
         (b'{"a":1,"a":2}', "duplicate_field"),
         (b'{"a":1,"\\u0061":2}', "duplicate_field"),
+        # As long as without the second "a", but with all blanks that Python's JSON has.
+        (b'{"a": 1,"b":2,"c":3,"d":4,"e":5,"a":6  }', "duplicate_field"),
     ],
 )
 def test_what_is_refused(body, code):
