@@ -6,6 +6,8 @@ the journal took is closed before it charges the counters. The journal reads the
 closed, then which opened. So a charge that was read always has its lease's end read with it.
 
 Leases that open and close between two flushes are never written at all, and nobody tells that they closed.
+
+A restart gives slots back: the streams that held them ended with the process, and their tokens may go on at once.
 """
 
 import functools
@@ -81,11 +83,13 @@ class SavedLimits:
             except msgspec.DecodeError as error:
                 raise StateUnreadable(f"{journal.path} is damaged: a lease cannot be read") from error
             amounts = Amounts(requests, prompt, response)
-            plan = Plan((), [(self._held(key, window_s, at_s, now_s), 0, unit) for key, window_s, unit in held])
-            taken = (requests, prompt, response, prompt + response, 1)
+            checks = [
+                (self._held(key, window_s, at_s, now_s), 0, unit) for key, window_s, unit in held if unit != CONCURRENT
+            ]
+            plan = Plan((), checks)
+            taken = (requests, prompt, response, prompt + response)
             for counter, unit in plan.holds:
                 counter.add(0, taken[unit])
-                counter.concurrent = unit == CONCURRENT
             made = functools.partial(bytes, context)
             leases.append(Lease(lease_id, amounts, (plan, at_s, None, expires_s, made, 0), None, saved=True))
         self._written.update(lease.id for lease in leases)

@@ -79,7 +79,8 @@ class Limits(RuleBasedStateMachine):
         for known in self.leases:
             if rule.key in {r.key for r in known.rules} and window(known.at_s) == window(self.now_s):
                 if known.charged is None:
-                    reserved += takes(rule, known.asked)
+                    slot_of_before = rule.unit == "concurrent" and known.lease is None
+                    reserved += 0 if slot_of_before else takes(rule, known.asked)
                 elif rule.unit != "concurrent":
                     used += takes(rule, known.charged)
         return used, reserved
@@ -136,7 +137,7 @@ class Limits(RuleBasedStateMachine):
 
     @rule()
     def restart(self) -> None:
-        """Die right after a flush. Whoever held a lease is gone; the lease is not."""
+        """Die right after a flush. Whoever held a lease is gone, and its slot; what it takes of the sums is not."""
         self.clock.now_s = max(self.now_s, self.clock.now_s)
         assert self.journal._flush()
         self.journal.close()
