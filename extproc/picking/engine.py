@@ -7,6 +7,7 @@ An answer counts only if its probe was sent after the engine went down (`epoch`)
 breaks, only the first finds the engine fit: a crash counts once.
 """
 
+import math
 from typing import TYPE_CHECKING
 
 from extproc.picking.model import EngineState, HealthSettings
@@ -19,6 +20,7 @@ class Engine:
     __slots__ = (
         "_settings",
         "address",
+        "asked_s",
         "due_s",
         "ejected_until_s",
         "ejections",
@@ -53,6 +55,7 @@ class Engine:
         self.last_error = ""
         # The prober's own
         self.due_s = 0.0
+        self.asked_s = -math.inf
         self.probing = False
         self.path_index = 0
 

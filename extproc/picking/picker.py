@@ -105,10 +105,10 @@ class Picker:
             del self._engines[address]
 
     def suspect(self, address: str) -> None:
-        """An answer broke off, by the client or by the engine's death: ask the engine now instead of at its turn."""
+        """An answer broke off, by the client or by the engine's death: ask the engine soon instead of at its turn."""
         engine = self._engines.get(address)
         if engine is not None and engine.known:
-            self._prober.hurry(engine)
+            self._prober.doubt(engine)
 
     async def run(self) -> None:
         """Probe the policy's engines until cancelled. Without it an engine that went down stays down."""

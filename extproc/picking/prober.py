@@ -50,6 +50,12 @@ class Prober:
         if not engine.probing:
             self._schedule(engine, max(self._clock(), engine.ejected_until_s))
 
+    def doubt(self, engine: Engine) -> None:
+        """It may be down: ask soon, but however many answers break off no more often than one that is."""
+        soon_s = max(self._clock(), engine.asked_s + self._settings.down_interval_s, engine.ejected_until_s)
+        if not engine.probing and soon_s < engine.due_s:
+            self._schedule(engine, soon_s)
+
     async def run(self) -> None:
         settings = self._settings
         probes: set[asyncio.Task[None]] = set()
@@ -105,6 +111,7 @@ class Prober:
             self._log.exception("probe broke", engine=engine.address)
         finally:
             engine.probing = False
+            engine.asked_s = self._clock()
             if engine.known:
                 self._schedule(engine, self._next_s(engine, epoch))
 

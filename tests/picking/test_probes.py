@@ -259,6 +259,24 @@ async def test_a_large_fleet_is_probed_no_faster_than_agreed():
         assert took_s > 0.8 * rounds * fleet_size / each_s
 
 
+async def test_answers_that_break_off_all_the_time_bring_no_more_probes_than_a_down_engine_gets():
+    """Any tenant can open streams and leave them, hundreds of times a second."""
+    seen: list[str] = []
+    each_s = 0.1
+    async with stranger({"/ready": 200}, seen) as address:
+        picker, _ = fleet(address, health=HealthSettings(interval_s=3600.0, down_interval_s=each_s))
+        loop = asyncio.get_running_loop()
+        async with probing(picker):
+            await until(lambda: len(seen) == 1)
+            began_s = loop.time()
+            while len(seen) < 4 and loop.time() - began_s < 10:
+                picker.suspect(address)
+                await asyncio.sleep(0.001)
+            took_s = loop.time() - began_s
+    assert len(seen) == 4
+    assert took_s > 2 * each_s
+
+
 async def test_many_new_engines_are_usable_before_their_first_probe():
     picker, target = fleet("127.0.0.1:9", "127.0.0.1:10")
     assert picker.pick(target) is not None
