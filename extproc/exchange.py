@@ -50,6 +50,8 @@ _DETAILS: Final = Attribute("response.code_details")
 _BY_ENGINE: Final = b"\x1a\x0cvia_upstream"
 """the details of an answer that an engine gave; every other says why Envoy answered itself. `upstream.address` does not
 tell: it also names an engine that was lost before it answered"""
+_OVERFLOW: Final = b"{overflow}"
+"""of an answer that Envoy gave because its circuit breaker lets no more requests to an engine"""
 
 _REQUEST_HEADERS: Final = messages.REQUEST_HEADERS << 3 | 2
 _RESPONSE_HEADERS: Final = messages.RESPONSE_HEADERS << 3 | 2
@@ -63,6 +65,8 @@ _LEARN_MASK: Final = 7
 INVALID_ARGUMENT: Final = 3
 CLIENT_CLOSED_REQUEST: Final = 499
 _ENGINE_FAULTS: Final = frozenset({"engine_error", "engine_overloaded", "engine_bad_encoding"})
+_FAILURES: Final = {"engine_unreachable": Outcome.UNREACHABLE}
+"""the engine's record of a request that failed. A timeout is none: who asks for long answers would close it to all"""
 _ENDINGS: Final = {
     CLIENT_DISCONNECTED: (CLIENT_CLOSED_REQUEST, Outcome.ABANDONED),
     # Not UNREACHABLE: requests that make an engine break off must not close it to all. A probe asks now if it died.
@@ -118,7 +122,7 @@ class Exchange:
     _failed_by_envoy = ""
     """stable reason of an answer that Envoy gave in the engine's place"""
     _asked = True
-    """whether an engine was; a route without one (here, or yet) says nothing about those that there are"""
+    """whether an engine was; a route without one (here, or yet) or full says nothing about those that there are"""
     _request_id = b""
     _engine = ""
     _attempt = 1
@@ -266,7 +270,7 @@ class Exchange:
                 self._moved_to(served, retried=attempts != _ONCE)
             details = _DETAILS.find(message, *attributes)
             if details is not None and details != _BY_ENGINE:
-                return self._answered_by_envoy(asked=attempts != _NEVER)
+                return self._answered_by_envoy(details, routed=attempts != _NEVER)
         if admitted is None:
             return messages.CONTINUE_RESPONSE_HEADERS
         if no_body:
@@ -282,16 +286,16 @@ class Exchange:
                 mutation += _DECODED
         return messages.response_headers_reply(mutation) if mutation else messages.CONTINUE_RESPONSE_HEADERS
 
-    def _answered_by_envoy(self, *, asked: bool) -> bytes:
+    def _answered_by_envoy(self, details: bytes, *, routed: bool) -> bytes:
         """Envoy's own answer (no engine reached, body over the buffer limit, a timeout) in words of ours."""
-        self._asked = asked
+        self._asked = routed and _OVERFLOW not in details
         status = self._status
         if status == 413:
             answer = refused("body_too_large", "The request body is larger than the gateway accepts.")
         elif status == 504:
             answer = refused("engine_timeout", "The engine did not answer in time.")
         elif status >= 500:
-            text = "The engine could not be reached." if asked else "The model has no route to an engine here yet."
+            text = "The engine could not be reached." if routed else "The model has no route to an engine here yet."
             answer = refused("engine_unreachable", f"{text} Try again shortly.", headers=(("retry-after", "1"),))
         else:
             return messages.CONTINUE_RESPONSE_HEADERS
@@ -359,8 +363,7 @@ class Exchange:
         tap, status = self._tap, self._status
         if self._failed_by_envoy or status >= 500:
             # No work that anyone could use was done: neither tokens nor the request itself are charged.
-            met = Outcome.UNREACHABLE if self._asked else Outcome.ABANDONED
-            outcome = met if self._failed_by_envoy else Outcome.FAILED
+            outcome = _FAILURES.get(self._failed_by_envoy, Outcome.FAILED) if self._asked else Outcome.ABANDONED
             self._settle(_NOTHING, "exact", self._failed_by_envoy or "engine_error", outcome, charge=False)
         elif tap is None:
             self._settle(_NOTHING, "exact", "" if status < 400 else "engine_refused", Outcome.OK)
