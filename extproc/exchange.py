@@ -417,8 +417,11 @@ class Exchange:
         if tap is None:
             return Usage(prompt, 0)
         seen = tap.usage
-        # The engine cannot have generated more than was reserved; an estimate from bytes can say so.
-        delivered = min(tap.delivered_tokens(), admitted.reserved.response)
+        delivered = tap.delivered_tokens()
+        if admitted.reserved.response < endpoint.max_output_tokens:
+            # The client's own bound, which engines keep; an estimate from bytes does not. The endpoint's is for
+            # reserving alone: engines generate what they are asked for.
+            delivered = min(delivered, admitted.reserved.response)
         if seen is None:
             return Usage(prompt, delivered)
         return seen._replace(completion=max(seen.completion, delivered))

@@ -2,6 +2,7 @@
 
 import asyncio
 
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from extproc.access_log import CLIENT_DISCONNECTED, ENGINE_LOST, STREAM_TIMEOUT
@@ -56,7 +57,7 @@ HEADS = st.sampled_from(
 TOLD = st.sampled_from([None, CLIENT_DISCONNECTED, ENGINE_LOST, STREAM_TIMEOUT])
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.booleans(), HEADS, BODIES, st.integers(0, 4), ENDS, TOLD, st.booleans())
 def test_every_ending_settles_once_and_leaves_nothing(stream, head, body, pieces, end, told, moved):
     async def run() -> World:
@@ -127,3 +128,28 @@ def test_an_engine_that_cannot_be_reached_is_not_used_before_it_answers_a_probe(
     world = World(ENGINES[0])
     failing(world, 503, REFUSED)
     assert world.fit == set()
+
+
+def left_after(events: int, world: World, **fields: object) -> int:
+    """Completion tokens of a client that leaves a stream."""
+
+    async def run() -> None:
+        exchange, engine = world.admitted(stream=True, **fields)
+        exchange.on_message(answers(engine, 200, SSE))
+        for number in range(events):
+            exchange.on_message(piece(event(f"word {number}")))
+        exchange.on_close(CloseReason.RESET)
+        world.deps.abandoned.close()
+
+    asyncio.run(run())
+    return world.row.completion_tokens
+
+
+def test_who_leaves_pays_for_all_that_came_also_beyond_what_the_endpoint_reserves():
+    """`maxOutputTokens` binds no engine: an answer of thousands cost whoever left before its end a few hundred."""
+    assert left_after(30, World(max_output_tokens=10)) == 30
+    assert left_after(30, World(max_output_tokens=10), max_tokens=1000) == 30
+
+
+def test_who_leaves_pays_no_more_than_the_request_allowed():
+    assert left_after(30, World(max_output_tokens=1000), max_tokens=20) == 20
