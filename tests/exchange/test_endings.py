@@ -153,3 +153,31 @@ def test_who_leaves_pays_for_all_that_came_also_beyond_what_the_endpoint_reserve
 
 def test_who_leaves_pays_no_more_than_the_request_allowed():
     assert left_after(30, World(max_output_tokens=1000), max_tokens=20) == 20
+
+
+def test_a_client_that_leaves_after_the_last_event_got_its_answer():
+    """Many stop reading at [DONE], before the end that comes behind it."""
+    world = World()
+
+    async def run() -> None:
+        exchange, engine = world.admitted(stream=True, stream_options={"include_usage": True})
+        exchange.on_message(answers(engine, 200, SSE))
+        for each in (event("a"), event("b"), usage_event(7, 2), DONE):
+            exchange.on_message(piece(each))
+        exchange.on_close(CloseReason.RESET)
+        world.deps.abandoned.close()
+
+    asyncio.run(run())
+    row = world.row
+    assert (row.status, row.error, row.accuracy) == (200, "", "exact")
+    assert (row.prompt_tokens, row.completion_tokens) == (7, 2)
+
+
+def test_an_answer_that_ends_in_trailers_is_read_to_its_end():
+    world = World()
+    exchange, engine = world.admitted()
+    for message in (answers(engine), piece(whole(7, 5)), trailers()):
+        exchange.on_message(message)
+    exchange.on_close(CloseReason.DONE)
+    row = world.row
+    assert (row.accuracy, row.prompt_tokens, row.completion_tokens) == ("exact", 7, 5)
