@@ -12,7 +12,7 @@
         ├── ConflictError        409: stale resourceVersion, or a field that another manager owns
         ├── AlreadyExistsError   409 of a create
         ├── GoneError            410: list again
-        ├── InvalidError         400, 422, and 500 of a field that the schema lacks: permanent
+        ├── InvalidError         400, 422, and 500 of a tree that server-side apply cannot take: permanent
         ├── TooManyRequestsError 429
         └── UnavailableError     500, 502, 503, 504
 
@@ -183,8 +183,9 @@ def status_error(status: int, said: Status, retry_after_s: float = 0.0) -> ApiEr
     kind = _Kinds.by_status.get(status, UnavailableError if status >= 500 else ApiError)
     if said.reason == "AlreadyExists":
         kind = AlreadyExistsError
-    elif status == 500 and "field not declared in schema" in said.message:
-        # Server-side apply reports an unknown field as an internal error; it is ours, and it stays.
+    elif status == 500 and "failed to create typed patch object" in said.message:
+        # Server-side apply reports an unknown field, or a list's key that comes twice, as an internal error; what we
+        # sent is wrong, and stays wrong.
         kind = InvalidError
     return kind(
         status,

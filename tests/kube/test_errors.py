@@ -51,7 +51,9 @@ def test_whatever_a_proxy_answers_is_an_api_error(status: int, body: bytes) -> N
     assert error.status == status
 
 
-def test_an_unknown_field_in_an_apply_is_ours_and_other_500s_are_theirs() -> None:
+def test_what_no_apply_can_hold_is_ours_and_other_500s_are_theirs() -> None:
     unknown = json.dumps({"message": "failed to create typed patch object: .spec.x: field not declared in schema"})
     assert isinstance(api_error(500, unknown.encode()), InvalidError)
+    twice = json.dumps({"message": 'failed to create typed patch object: .env: duplicate entries for key [name="A"]'})
+    assert isinstance(api_error(500, twice.encode()), InvalidError)
     assert isinstance(api_error(500, b'{"message":"etcdserver: leader changed"}'), UnavailableError)
