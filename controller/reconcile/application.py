@@ -10,18 +10,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from apis.resources import ArksDisaggregatedApplication
+from apis.resources import ArksApplication, ArksDisaggregatedApplication
 from controller.kube.resource import Key
 from controller.reconcile.context import RESYNC_S, UNSETTLED_S, Context, about
-from controller.reconcile.desired.application import desired_application
+from controller.reconcile.desired.application import ROLE_NAME, desired_application
 from controller.reconcile.desired.disaggregated import desired_disaggregated
-from controller.reconcile.desired.outcome import Desired, World
+from controller.reconcile.desired.leftovers import beside_workloads
+from controller.reconcile.desired.metadata import owned_by
+from controller.reconcile.desired.outcome import FRONTEND_ROLE, Desired, World
 from controller.reconcile.desired.phase import Judgement, Verdict, judge
 from controller.reconcile.finalizers import release
 from controller.reconcile.kinds import ARKS
 from controller.reconcile.writing import REFUSED_AGAIN_S, Refusal
 from controller.workloads.lws import ROUTER_ROLE
-from controller.workloads.model import APPLICATION_LABEL, ROLE_LABEL, Counts
+from controller.workloads.model import APPLICATION_LABEL, ROLE_LABEL, Counts, Deletion
 
 _STAGES: Final = {"router": ROUTER_ROLE, "prefill": "prefill", "decode": "decode"}
 
@@ -46,10 +48,15 @@ async def reconcile_application(context: Context, key: Key) -> float | None:
     refusal = await _carry_out(context, app.metadata.uid, desired)
     counts = desired.counts(world.observed)
     wanted = {role.name: role.replicas for role in desired.serving.roles} if desired.serving else {}
-    judgement = _judged(desired, counts, wanted or {"inference": max(0, app.spec.replicas)}, refusal)
+    wanted = wanted or {ROLE_NAME: max(0, app.spec.replicas)}
+    if desired.frontends:
+        wanted[FRONTEND_ROLE] = desired.frontends
+    judgement = _judged(desired, counts, wanted, refusal)
     total = Counts()
-    for each in counts.values():
-        total = total.plus(each)
+    for role, each in counts.items():
+        total = total.plus(each) if role != FRONTEND_ROLE else total
+    if refusal is None and _rolled_out(desired, wanted, counts):
+        await _tidy(context, app, desired)
     status: dict[str, Any] = {
         "phase": judgement.phase,
         "replicas": total.replicas,
@@ -83,6 +90,8 @@ async def reconcile_disaggregated(context: Context, key: Key) -> float | None:
     counts = desired.counts(world.observed)
     wanted = {role.name: role.replicas for role in desired.serving.roles} if desired.serving else _asked(app)
     judgement = _judged(desired, counts, wanted, refusal)
+    if refusal is None and _rolled_out(desired, wanted, counts):
+        await _tidy(context, app, desired)
     status: dict[str, Any] = {"phase": judgement.phase}
     for name, role in _STAGES.items():
         found = counts.get(role, Counts())
@@ -124,6 +133,27 @@ async def _carry_out(context: Context, uid: str, desired: Desired) -> Refusal | 
     if desired.blocked is not None:
         return None
     return await context.writer.carry_out(uid, (*desired.objects, *desired.plan.apply), desired.plan.delete)
+
+
+def _rolled_out(desired: Desired, wanted: Mapping[str, int], counts: Mapping[str, Counts]) -> bool:
+    """No pod of an older spec is left, nor one of another workload's."""
+    if desired.blocked is not None or desired.moving or desired.plan.rolling:
+        return False
+    roles = {role: number for role, number in wanted.items() if role != FRONTEND_ROLE}
+    found = {role: counts.get(role, Counts()) for role in roles}
+    return all(found[role].updated == found[role].replicas == number for role, number in roles.items())
+
+
+async def _tidy(context: Context, app: ArksApplication | ArksDisaggregatedApplication, desired: Desired) -> None:
+    """What an earlier spec needed beside its workload, and the present one does not: another runtime's frontends,
+    permissions and discovery. Its pods were the last that used them.
+    """
+    namespace, name = app.metadata.namespace, app.metadata.name
+    made = {(item["kind"], item["metadata"]["name"]) for item in desired.objects}
+    for kind, candidate in beside_workloads(name):
+        live = context.watches.owned(kind, Key(namespace, candidate))
+        if live is not None and (kind, candidate) not in made and owned_by(live, app):
+            await context.writer.delete(Deletion(live["apiVersion"], kind, namespace, candidate))
 
 
 def _judged(

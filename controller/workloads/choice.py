@@ -1,4 +1,4 @@
-"""Which API runs an application: what already runs it, then what the user asks for, then what is installed."""
+"""Which API runs an application: what the user asks for, then what already runs it, then what is installed."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def choose(
 ) -> tuple[Workload | None, Problem | None]:
     """The workload, or what is missing; a Deployment instead of a group comes with a problem that blocks nothing.
 
-    ``size`` is the largest group of the application. An LWS that Arks made stays an LWS (moving it would stop
-    it); otherwise RBG comes before LWS, as Arks chose.
+    ``size`` is the largest group of the application. An LWS that Arks made stays an LWS unless the user wants another;
+    otherwise RBG comes before LWS, as Arks chose.
     """
     available: dict[str, Workload] = {}
     if RBG_V1ALPHA2 in served:
@@ -36,13 +36,13 @@ def choose(
         available["lws"] = LwsWorkload()
     if size == 1:
         available["deployment"] = DeploymentWorkload()
-    legacy = f"{application}-prefill" if disaggregated else application
-    if "lws" in available and observed.find(LWS.kind, legacy) is not None:
-        return available["lws"], None
     if preferred:
         if preferred in available:
             return available[preferred], None
         return None, _missing(f"annotation {WORKLOAD_ANNOTATION} asks for {preferred!r}", size)
+    legacy = f"{application}-prefill" if disaggregated else application
+    if "lws" in available and observed.find(LWS.kind, legacy) is not None:
+        return available["lws"], None
     groups = [name for name in ("rbg", "lws") if name in available]
     if size == 1 and not groups:
         note = Problem(

@@ -11,8 +11,6 @@ from controller.workloads.model import (
     CONTAINER,
     DEPLOYMENT,
     GVK,
-    ROLE_LABEL,
-    STAGE_LABEL,
     Counts,
     Object,
     Observed,
@@ -25,7 +23,7 @@ from controller.workloads.model import (
     up_to_date,
 )
 
-IDENTITY_LABELS = (APPLICATION_LABEL, ROLE_LABEL, STAGE_LABEL)
+DEPLOYMENT_LABEL = "arks.ai/deployment"
 
 
 def container_name(serving: Serving) -> str:
@@ -33,8 +31,13 @@ def container_name(serving: Serving) -> str:
 
 
 def deployment(serving: Serving, role: RoleGroup, name: str) -> Object:
-    """A Deployment whose selector names the role, so that no two of one application overlap."""
+    """A Deployment whose selector names itself: no two of one application overlap, and as a selector can never be
+    changed, it holds nothing that another spec would change.
+    """
     labels = role.leader["metadata"]["labels"]
+    chosen = {APPLICATION_LABEL: labels[APPLICATION_LABEL], DEPLOYMENT_LABEL: name}
+    template = renamed(role.leader, container_name(serving))
+    template = {**template, "metadata": {**template["metadata"], "labels": {**labels, **chosen}}}
     rolling = role.surge
     return {
         "apiVersion": DEPLOYMENT.api_version,
@@ -42,12 +45,12 @@ def deployment(serving: Serving, role: RoleGroup, name: str) -> Object:
         "metadata": metadata(serving, name),
         "spec": {
             "replicas": role.replicas,
-            "selector": {"matchLabels": {key: labels[key] for key in IDENTITY_LABELS if key in labels}},
+            "selector": {"matchLabels": chosen},
             "strategy": {
                 "type": "RollingUpdate",
                 "rollingUpdate": {"maxUnavailable": rolling.max_unavailable, "maxSurge": rolling.max_surge},
             },
-            "template": renamed(role.leader, container_name(serving)),
+            "template": template,
         },
     }
 

@@ -212,15 +212,17 @@ class RbgWorkload:
         return Deletion(item["apiVersion"], item["kind"], serving.namespace, item["metadata"]["name"])
 
     def _is_leader_of(self, serving: Serving, role: RoleGroup, pod: Object) -> bool:
-        """Arks labelled every pod of a multi-pod group leader; the index tells them apart."""
+        """Arks labelled every pod of a multi-pod group leader, and engines behind frontends of their own are none: the
+        index tells leaders apart, where there is one. A group of another runtime counts as long as it serves.
+        """
         labels = pod["metadata"].get("labels") or {}
-        if pod["metadata"].get("deletionTimestamp"):
-            return False
         wanted = role.leader["metadata"]["labels"]
-        same = all(labels.get(key) == wanted.get(key) for key in (ROLE_LABEL, STAGE_LABEL))
-        stem, _, index = self._group_of(pod).rpartition("-")
-        ours = stem == serving.name and index.isdecimal()
-        return same and ours and labels.get(WORKER_INDEX_LABEL, "0") == "0"
+        stem, _, group = self._group_of(pod).rpartition("-")
+        ours = stem == serving.name and group.isdecimal() and labels.get(STAGE_LABEL) == wanted.get(STAGE_LABEL)
+        if pod["metadata"].get("deletionTimestamp") or not ours:
+            return False
+        index = labels.get(WORKER_INDEX_LABEL)
+        return index == "0" if index is not None else labels.get(ROLE_LABEL) in {"leader", wanted.get(ROLE_LABEL)}
 
     def _serves(self, serving: Serving, role: RoleGroup, pod: Object) -> bool:
         return self._is_leader_of(serving, role, pod) and is_ready(pod)

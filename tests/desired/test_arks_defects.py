@@ -187,10 +187,14 @@ def test_defect_23_no_selector_of_one_application_covers_anothers_pods():
     for served in ({LWS}, set()):
         found = pair(World(frozenset(served)))
         deployments = [item for item in found.plan.apply if item["kind"] == "Deployment"]
-        labels = [role.leader["metadata"]["labels"] for role in found.serving.roles]
-        for item in deployments:
+        templates = [item["spec"]["template"]["metadata"]["labels"] for item in deployments]
+        sets = [item["spec"]["leaderWorkerTemplate"] for item in found.plan.apply if item["kind"] == "LeaderWorkerSet"]
+        templates += [
+            item[part]["metadata"]["labels"] for item in sets for part in ("leaderTemplate", "workerTemplate")
+        ]
+        for index, item in enumerate(deployments):
             selector = item["spec"]["selector"]["matchLabels"].items()
-            assert sum(selector <= other.items() for other in labels) == 1
+            assert [selector <= labels.items() for labels in templates] == [i == index for i in range(len(templates))]
 
 
 def test_defect_25_json_and_hostile_arguments_reach_the_engine_as_they_are():

@@ -65,6 +65,12 @@ def test_what_runs_already_goes_on_running():
     assert choose({LWS}, deployment, application="app", size=1)[0].name == "deployment"
 
 
+def test_what_runs_already_moves_where_the_user_wants_it():
+    existing = Observed(({"kind": "LeaderWorkerSet", "metadata": {"name": "app"}},))
+    workload, _ = choose({LWS, RBG_V1ALPHA2}, existing, application="app", size=1, preferred="rbg")
+    assert workload.name == "rbg"
+
+
 def test_rbg_is_arks_choice_and_its_newest_version_ours():
     workload, problem = choose({LWS, RBG_V1ALPHA1, RBG_V1ALPHA2}, Observed(), application="app", size=4)
     assert (workload.name, workload.kinds[0], problem) == ("rbg", RBG_V1ALPHA2, None)

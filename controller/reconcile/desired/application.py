@@ -24,10 +24,10 @@ from controller.engines.model import (
 )
 from controller.engines.registry import DEFAULT_RUNTIME, ENGINES, unsupported
 from controller.reconcile.desired.gang import gang_of
-from controller.reconcile.desired.leftovers import leftovers
+from controller.reconcile.desired.leftovers import dynamo_account, frontend_name, leftovers, predecessors
 from controller.reconcile.desired.metadata import SCRAPED, application_labels, owner_reference
 from controller.reconcile.desired.mounts import Weights, mounted_weights
-from controller.reconcile.desired.outcome import Desired, World, blocked, rolling
+from controller.reconcile.desired.outcome import FRONTEND_ROLE, Desired, World, blocked, rolling
 from controller.reconcile.desired.pod import PodInput, instance_dict, pod_template
 from controller.reconcile.desired.precheck import instance_problems, model_problems, name_problems
 from controller.reconcile.desired.service import (
@@ -95,8 +95,9 @@ def desired_application(
     serving = _serving(app, launches, image, mounted, size, gang)
     plan = workload.build(serving, world.observed)
     objects = (*launches.extra_objects(app, serving, image, mounted), _service(app, launches))
-    leaving = leftovers(app, workload, serving, plan, world.observed)
-    plan = replace(plan, delete=(*plan.delete, *leaving), rolling=plan.rolling or bool(leaving))
+    before = predecessors(app, workload, serving, plan, world.observed, objects)
+    leaving = leftovers(workload, serving, world.observed, before)
+    plan = replace(plan, delete=(*plan.delete, *leaving), rolling=plan.rolling or bool(before))
     return Desired(
         objects,
         plan,
@@ -105,6 +106,8 @@ def desired_application(
         workload,
         launches.leader.metrics_port,
         launches.leader.metrics,
+        moving=bool(before),
+        frontends=launches.frontends(app),
     )
 
 
@@ -125,6 +128,9 @@ class Launches:
     def account(self) -> bool:
         return self.cluster_discovery
 
+    def frontends(self, app: ArksApplication) -> int:
+        return min(max(0, app.spec.replicas), 2) if self.frontend is not None else 0
+
     def extra_objects(self, app: ArksApplication, serving: Serving, image: str, weights: Weights) -> tuple[Object, ...]:
         """Dynamo's frontends and what its discovery needs; nothing for the other engines."""
         objects: list[Object] = []
@@ -133,15 +139,10 @@ class Launches:
             selector = {**_identity(app), ROLE_LABEL: "worker"}
             objects.append(dynamo_discovery_service(app, selector=selector, labels=_identity(app)))
         if self.frontend is not None:
-            replicas = min(max(0, app.spec.replicas), 2)
             template = _template(app, self.frontend, image, weights, "leader", account=self.account, bare=True)
-            role = RoleGroup("frontend", replicas, 1, template)
-            objects.append(deployment(serving, role, f"{app.metadata.name}-frontend"))
+            role = RoleGroup(FRONTEND_ROLE, self.frontends(app), 1, template)
+            objects.append(deployment(serving, role, frontend_name(app.metadata.name)))
         return tuple(objects)
-
-
-def dynamo_account(application: str) -> str:
-    return f"arks-dynamo-{application}"
 
 
 def _launches(

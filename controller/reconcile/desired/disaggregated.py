@@ -18,9 +18,9 @@ from controller.engines.arguments import split_entries
 from controller.engines.images import router_image, runtime_image
 from controller.engines.model import GroupVariables, Launch, LaunchSpec, Problem, Role, Stage
 from controller.engines.registry import DEFAULT_DISAGGREGATED_RUNTIME, ENGINES, unsupported
-from controller.reconcile.desired.application import ALLOW_UNKNOWN_ANNOTATION, dynamo_account, pull_secrets
+from controller.reconcile.desired.application import ALLOW_UNKNOWN_ANNOTATION, pull_secrets
 from controller.reconcile.desired.gang import gang_of
-from controller.reconcile.desired.leftovers import leftovers
+from controller.reconcile.desired.leftovers import dynamo_account, leftovers, predecessors, router_account
 from controller.reconcile.desired.metadata import application_labels, owner_reference
 from controller.reconcile.desired.mounts import Weights, mounted_model
 from controller.reconcile.desired.outcome import Desired, World, blocked, rolling
@@ -111,16 +111,19 @@ class _Builder:
             gang=gang,
         )
         plan = workload.build(serving, world.observed)
-        leaving = leftovers(self._app, workload, serving, plan, world.observed)
-        plan = replace(plan, delete=(*plan.delete, *leaving), rolling=plan.rolling or bool(leaving))
+        objects = (*self._permissions(), *self._discovery(), self._service(front))
+        before = predecessors(self._app, workload, serving, plan, world.observed, objects)
+        leaving = leftovers(workload, serving, world.observed, before)
+        plan = replace(plan, delete=(*plan.delete, *leaving), rolling=plan.rolling or bool(before))
         return Desired(
-            (*self._permissions(), *self._discovery(), self._service(front)),
+            objects,
             plan,
             (*problems, *plan.problems),
             serving,
             workload,
             front.metrics_port,
             front.metrics,
+            moving=bool(before),
         )
 
     def _stage(self, name: str) -> DisaggregatedRole:
@@ -253,7 +256,7 @@ class _Builder:
         """The ServiceAccount for pods that read the Kubernetes API; empty where the namespace's default will do."""
         if self._runtime == "dynamo":
             return dynamo_account(self._app.metadata.name) if self._cluster_discovery else ""
-        return f"arks-router-{self._app.metadata.name}" if who == "router" else ""
+        return router_account(self._app.metadata.name) if who == "router" else ""
 
     def _permissions(self) -> tuple[Object, ...]:
         account = self._account("router")

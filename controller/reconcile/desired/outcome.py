@@ -20,6 +20,8 @@ from controller.workloads.model import (
     pods_serving,
 )
 
+FRONTEND_ROLE = "frontend"
+
 
 @dataclass(frozen=True, slots=True)
 class World:
@@ -32,7 +34,9 @@ class World:
 
 @dataclass(frozen=True, slots=True)
 class Desired:
-    """``objects`` to apply beside the plan's; ``driver`` is the workload's name for the status."""
+    """``objects`` to apply beside the plan's; ``driver`` is the workload's name for the status. ``moving``: another
+    workload's pods still serve beside the new one's. ``frontends``: how many stand before the engines, if any.
+    """
 
     objects: tuple[Object, ...] = ()
     plan: Plan = field(default_factory=Plan)
@@ -41,6 +45,8 @@ class Desired:
     workload: Workload | None = None
     metrics_port: int = SERVING_PORT
     metrics: MetricNames = field(default_factory=MetricNames)
+    moving: bool = False
+    frontends: int = 0
 
     @property
     def blocked(self) -> Problem | None:
@@ -51,10 +57,23 @@ class Desired:
         return self.workload.name if self.workload else ""
 
     def counts(self, observed: Observed) -> Mapping[str, Counts]:
-        """Per role, over all groups; when blocked, what the pods themselves tell."""
+        """Per role, over all groups; when blocked, what the pods themselves tell. Engines behind frontends serve no
+        more than these do.
+        """
+        leaders = pods_serving(observed.pods)
         if self.workload is None or self.serving is None:
-            return pods_serving(observed.pods)
-        return self.workload.status(self.serving, observed)
+            return leaders
+        counts = dict(self.workload.status(self.serving, observed))
+        if self.moving:
+            counts = {role: _either(count, leaders.get(role, Counts())) for role, count in counts.items()}
+        if self.frontends:
+            (role, engines), front = next(iter(counts.items())), leaders.get("inference", Counts())
+            counts = {role: engines._replace(ready=engines.ready if front.ready else 0), FRONTEND_ROLE: front}
+        return counts
+
+
+def _either(new: Counts, pods: Counts) -> Counts:
+    return Counts(max(new.replicas, pods.replicas), max(new.ready, pods.ready), new.updated)
 
 
 def rolling(given: RollingUpdate | None) -> Surge | None:
