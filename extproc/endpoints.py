@@ -25,7 +25,9 @@ _METERED: Final[dict[bytes, Metered]] = {
     b"/v1/embeddings": Metered("embeddings"),
     b"/v1/responses": Metered("responses"),
     b"/v1/messages": Metered("messages"),
+    b"/v1/messages/count_tokens": Metered("count_tokens"),
     b"/v1/rerank": Metered("rerank"),
+    b"/v2/rerank": Metered("rerank"),
     b"/v1/score": Metered("score"),
 }
 _MODELS: Final = b"/v1/models"

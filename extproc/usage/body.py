@@ -6,7 +6,7 @@ import re
 import msgspec
 
 from extproc.usage.findings import TOKEN_BYTES, Findings
-from extproc.usage.model import Api
+from extproc.usage.model import Api, Usage
 from extproc.usage.shapes import Body, decode_body, failure, merge_anthropic, read_usage, read_usual_body
 
 BODY_MAX = 1024 * 1024
@@ -15,6 +15,7 @@ TAIL_BYTES = 64 * 1024
 """of a longer body; every engine writes usage behind the vectors, choices or output"""
 
 _OPENAI = {"chat", "completions", "embeddings"}
+_NO_TOKENS = Usage(0, 0)
 _usage_key = re.compile(r'"usage"\s*:\s*(?=\{)')
 
 
@@ -84,14 +85,19 @@ class JsonTap(Findings):
 
     def _take(self, body: Body) -> None:
         self.error = failure(body)
-        self.usage = merge_anthropic({}, body.usage) if self._api == "messages" else read_usage(body.usage)
+        if self._api == "messages":
+            self.usage = merge_anthropic({}, body.usage)
+        elif self._api == "count_tokens":
+            self.usage = None if self.error else _NO_TOKENS
+        else:
+            self.usage = read_usage(body.usage)
         self.final = self.usage is not None
 
     def delivered_tokens(self) -> int:
         """The engine's count; of a body without one, or cut short, its bytes / 4: too many, the envelope is in it."""
         if self.usage is not None:
             return self.usage.completion
-        if self.error or self._api in {"embeddings", "rerank", "score"}:
+        if self.error or self._api in {"embeddings", "rerank", "score", "count_tokens"}:
             return 0
         return self.text_bytes // TOKEN_BYTES
 

@@ -64,6 +64,8 @@ def prompt_upper_bound(api: Api, fields: Mapping[str, msgspec.Raw], media_tokens
     """Tokens that the prompt can have at most; `media_tokens` is the allowance for each image, sound, video or file."""
     if api in {"rerank", "score"}:
         return _pairs(fields, media_tokens)
+    if api == "count_tokens":
+        return 0
     bound = TEMPLATE_TOKENS
     for name in fields.keys() & _CONVERSATION[api]:
         raw = bytes(fields[name])
@@ -171,7 +173,7 @@ def requested_output(api: Api, fields: Mapping[str, msgspec.Raw], cap: int) -> i
     The largest of the limits that the request names (engines disagree on which one wins), times the choices, times the
     prompts of a completions list. Nothing for APIs that generate nothing.
     """
-    if api in {"embeddings", "rerank", "score"}:
+    if api in {"embeddings", "rerank", "score", "count_tokens"}:
         return 0
     tokens = -1
     for name in fields.keys() & _OUTPUT:

@@ -2,7 +2,10 @@
 
 from typing import Literal, NamedTuple, Protocol, TypeAlias
 
-Api: TypeAlias = Literal["chat", "completions", "embeddings", "responses", "messages", "rerank", "score"]
+Api: TypeAlias = Literal[
+    "chat", "completions", "embeddings", "responses", "messages", "count_tokens", "rerank", "score"
+]
+"""count_tokens: Anthropic's question how long a prompt is. A request like any other, which uses no tokens"""
 
 
 class Usage(NamedTuple):

@@ -159,6 +159,7 @@ def test_other_inputs(api, body, least, most):
         ("completions", {"max_tokens": 10, "prompt": []}, 10),
         ("responses", {"max_output_tokens": 9}, 9),
         ("messages", {"max_tokens": 9}, 9),
+        ("count_tokens", {"max_tokens": 9}, 0),
         ("embeddings", {"max_tokens": 9}, 0),
         ("rerank", {"max_tokens": 9}, 0),
         ("score", {}, 0),
@@ -179,10 +180,14 @@ def _dump(value):
     return b"1" + b"0" * 5000 if isinstance(value, int) and value.bit_length() > 1000 else json.dumps(value).encode()
 
 
+def test_counting_tokens_reserves_none():
+    assert bound("count_tokens", {"messages": [{"role": "user", "content": "x" * 100}]}) == 0
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     st.binary(max_size=40),
-    st.sampled_from(["chat", "completions", "embeddings", "responses", "messages", "rerank", "score"]),
+    st.sampled_from(["chat", "completions", "embeddings", "responses", "messages", "count_tokens", "rerank", "score"]),
 )
 def test_raw_garbage_never_raises(raw, api):
     names = (

@@ -53,6 +53,8 @@ SHAPES = [
         Usage(159, 5),
     ),
     ("messages", {"usage": {"input_tokens": 3, "cache_read_input_tokens": 24, "output_tokens": 0}}, Usage(27, 0, 24)),
+    ("count_tokens", {"input_tokens": 7}, Usage(0, 0)),
+    ("count_tokens", {"type": "error", "error": {"type": "api_error", "message": "m"}}, None),
 ]  # fmt: skip
 
 
