@@ -19,8 +19,8 @@ from msgspec.structs import replace
 from extproc import messages
 from extproc.access_log import CLIENT_DISCONNECTED, ENGINE_LOST, STREAM_TIMEOUT, Abandoned
 from extproc.admission import Admission, Admitted
-from extproc.endpoints import ModelList, route
-from extproc.errors import Refused, refused
+from extproc.endpoints import Metered, ModelList, route
+from extproc.errors import ANTHROPIC_APIS, ANTHROPIC_REQUEST_ID, Refused, refused
 from extproc.identity import identify, secret_of
 from extproc.ledger.model import BROKEN_OFF, GATEWAY_RESTARTED, Accuracy, Ledger, UsageRecord
 from extproc.limits.context import encode_context
@@ -199,17 +199,18 @@ class Exchange:
             self._request_id = request_id
         secret = secret_of(authorization) or _API_KEY.find(message, at, end)[0]
         principal = identify(self._deps.live.current, secret, now_s)
+        asked = route(method or b"", path or b"")
+        if isinstance(asked, Metered):
+            self._api = asked.api
         if isinstance(principal, Refused):
             return self._refuse(principal)
         self._principal = principal
-        asked = route(method or b"", path or b"")
         if isinstance(asked, Refused):
             return self._refuse(asked)
         if isinstance(asked, ModelList):
             return self._list_models(principal, asked.model)
         if no_body:
             return self._refuse(refused("body_required", "Send a JSON body."))
-        self._api = asked.api
         self._head = (message, at, end)
         return messages.CONTINUE_REQUEST_HEADERS
 
@@ -253,7 +254,7 @@ class Exchange:
         self._deps.metrics.refused(namespace, answer.reason.code)
         if answer.limited is not None and principal is not None:
             self._deps.metrics.rate_limited(namespace, *answer.limited, principal.token.name)
-        return answer.reply()
+        return answer.reply(self._api, self._request_id)
 
     # --- response -------------------------------------------------------------------------------------------------
 
@@ -282,6 +283,8 @@ class Exchange:
             if admitted.stream or content_type != b"application/json" or encoding:
                 self._tap = self._new_tap(admitted, answer)
         mutation = replies.standing(admitted.lease)
+        if self._api in ANTHROPIC_APIS:
+            mutation += messages.set_header(ANTHROPIC_REQUEST_ID, self._request_id)
         if admitted.hide_usage:
             mutation += _CHANGED_LENGTH
             if self._tap is not None and self._tap.decodes:
@@ -306,7 +309,7 @@ class Exchange:
         if self._admitted is None:
             return self._refuse(answer)
         self._settle_complete()
-        return answer.reply()
+        return answer.reply(self._api, self._request_id)
 
     def _moved_to(self, served: str, *, retried: bool) -> None:
         """Another engine than the picked one answered.
