@@ -16,6 +16,7 @@ from simengine.answers.responses import ResponsesAnswer
 from simengine.bodies import (
     ChatBody,
     CompletionBody,
+    CountTokensBody,
     EmbeddingBody,
     Generation,
     MessagesBody,
@@ -30,10 +31,12 @@ from simengine.errors import ApiError, bad_request, queue_full
 from simengine.faults import NO_FAULTS, Faults, faults_from_json, overlay, parse_faults
 from simengine.generation import api_error_reply, generate, make_plan, pool, request_id
 from simengine.memo import Memo
+from simengine.reply import reply
 from simengine.vocabulary import count_tokens
 
 _T = TypeVar("_T")
 _Post = Callable[[Exchange, Faults], None]
+_ANTHROPIC = b"/v1/messages"
 _NOT_FOUND = b'{"detail":"Not Found"}'
 _NOT_ALLOWED = b'{"detail":"Method Not Allowed"}'
 
@@ -49,6 +52,7 @@ class Api:
             b"/v1/completions": self._generating(CompletionBody, CompletionAnswer),
             b"/v1/responses": self._generating(ResponsesBody, ResponsesAnswer),
             b"/v1/messages": self._generating(MessagesBody, MessagesAnswer),
+            b"/v1/messages/count_tokens": self._count_tokens,
             b"/v1/embeddings": self._embeddings,
             b"/v1/score": self._score,
             b"/score": self._score,
@@ -125,7 +129,7 @@ class Api:
             post(exchange, faults)
         except ApiError as error:
             status = error.status
-            api_error_reply(exchange, error, engine.settings.flavor, path == b"/v1/messages")
+            api_error_reply(exchange, error, engine.settings.flavor, path.startswith(_ANTHROPIC))
         key = (path.decode("ascii"), status)
         http = engine.counters.http
         http[key] = http.get(key, 0) + 1
@@ -148,10 +152,10 @@ class Api:
             exchange.close()
         elif faults.queue_full:
             self._engine.counters.rejected += 1
-            exchange.reply(503, queue_full(flavor).body(flavor))
+            exchange.reply(503, queue_full(flavor).body(flavor, path.startswith(_ANTHROPIC)))
         elif faults.status:
             error = ApiError(faults.status, "InternalServerError", "Simulated failure")
-            exchange.reply(faults.status, error.body(flavor, path == b"/v1/messages"))
+            exchange.reply(faults.status, error.body(flavor, path.startswith(_ANTHROPIC)))
         else:
             return False
         return True
@@ -176,6 +180,12 @@ class Api:
             generate(engine, exchange, body, engine.model_name(body.model), answer_type, faults, use)
 
         return post
+
+    def _count_tokens(self, exchange: Exchange, faults: Faults) -> None:
+        body = self._body(exchange, CountTokensBody)
+        self._engine.model_name(body.model)
+        text, media = body.prompt()
+        reply(exchange, 200, b'{"input_tokens":%d}' % count_tokens(len(text), media), faults)
 
     def _embeddings(self, exchange: Exchange, faults: Faults) -> None:
         body = self._body(exchange, EmbeddingBody)

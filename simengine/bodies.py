@@ -123,6 +123,15 @@ class MessagesBody(Generation, kw_only=True):
         return self.stop_sequences or []
 
 
+class CountTokensBody(msgspec.Struct):
+    messages: list[Message]
+    model: str | None = None
+    system: Content = None
+
+    def prompt(self) -> tuple[bytes, int]:
+        return _join([self.system, *(message.content for message in self.messages)])
+
+
 class EmbeddingBody(msgspec.Struct):
     input: Inputs
     model: str | None = None

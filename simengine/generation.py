@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from simengine.answers.messages import MessagesAnswer
 from simengine.answers.plan import Answer, Choice, Plan
 from simengine.bodies import CompletionBody, Generation
 from simengine.connection import Exchange
@@ -23,6 +24,9 @@ from simengine.vocabulary import count_tokens, quoted
 
 _STREAM_ERROR = (
     b'data: {"error":{"message":"Internal server error","type":"InternalServerError","param":null,"code":500}}\n\n'
+)
+_ANTHROPIC_STREAM_ERROR = (
+    b'event: error\ndata: {"type":"error","error":{"type":"internal_error","message":"Internal server error"}}\n\n'
 )
 _STREAM_QUEUE_FULL = (
     b'data: {"error":{"object":"error","message":"The request queue is full.","type":"SERVICE_UNAVAILABLE",'
@@ -219,10 +223,12 @@ class _Run:
     def _error(self) -> None:
         self._engine.scheduler.fail(self._job)
         if self._out is not None:
-            self._out.send([_STREAM_ERROR, _DONE])
+            anthropic = isinstance(self._answer, MessagesAnswer)
+            self._out.send([_ANTHROPIC_STREAM_ERROR] if anthropic else [_STREAM_ERROR, _DONE])
             self._out.end()
         else:
-            self._exchange.reply(500, internal("Internal server error").body(self._plan.flavor))
+            anthropic = isinstance(self._answer, MessagesAnswer)
+            self._exchange.reply(500, internal("Internal server error").body(self._plan.flavor, anthropic))
 
 
 def _copies(engine: Engine, body: Generation) -> int:

@@ -67,6 +67,18 @@ async def test_an_error_event_is_followed_by_done():
         assert (await engine.metrics())['vllm:request_success_total{finished_reason="error"}'] == 2
 
 
+async def test_messages_fail_in_anthropics_form():
+    body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 5}
+    async with serving(faults=Faults(error_after_chunks=2)) as engine:
+        events = await engine.stream("/v1/messages", body)
+        assert events[-1].startswith(b"event: error\n")
+        assert payload(events[-1])["type"] == "error"
+        assert len(events) == 2 + 2 + 1, "and no [DONE]"
+        assert (await engine.json("/v1/messages", body, status=500))["type"] == "error"
+        await set_faults(engine, queue_full=True)
+        assert (await engine.json("/v1/messages", body, status=503))["type"] == "error"
+
+
 async def test_a_fault_beyond_the_answers_end_does_not_happen():
     async with serving(faults=Faults(reset_after_chunks=99)) as engine:
         assert (await engine.stream(CHAT, chat()))[-1] == b"data: [DONE]"

@@ -189,6 +189,17 @@ async def test_messages_split_the_input_at_the_end_only():
         assert error["error"]["type"] == "not_found_error"
 
 
+async def test_counting_tokens_costs_none_and_agrees_with_the_message():
+    async with serving() as engine:
+        body = {"model": "sim", "system": "abcd", "messages": [{"role": "user", "content": "efghi"}]}
+        counted = await engine.json("/v1/messages/count_tokens", body)
+        assert counted == {"input_tokens": 3}
+        assert (await engine.json("/v1/messages", {**body, "max_tokens": 1}))["usage"]["input_tokens"] == 3
+        error = await engine.json("/v1/messages/count_tokens", {**body, "model": "other"}, status=404)
+        assert error["type"] == "error"
+        assert (await engine.metrics())["vllm:prompt_tokens_total"] == 3
+
+
 async def test_embeddings_rerank_and_score():
     async with serving() as engine:
         answer = await engine.json("/v1/embeddings", {"input": ["aaaa", "bbbbb"], "dimensions": 4})
