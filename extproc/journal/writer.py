@@ -297,11 +297,11 @@ class Journal:
         self._reason = why
 
     def _recovered(self) -> None:
-        self._ok = True
         self._failing_from = None
         self._log.info("journal_recovered", failing_s=round(time.time() - self._since_s, 1), dropped=self._dropped)
         self._since_s = time.time()
         self._hold_bound()
+        self._ok = True  # last: who is told so is admitted
 
     def _hold_bound(self) -> None:
         excess = self._queued() - self.settings.max_queued
