@@ -72,7 +72,7 @@ class Gateway:
         settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._settings = settings
         self._journal = Journal(settings.state_dir, JournalSettings(on_failure=settings.on_journal_failure))
-        ledger = SqliteLedger(self._journal)
+        self._ledger = ledger = SqliteLedger(self._journal)
         self._store = MemoryStore(journal=self._journal, ledger=ledger)
         self._picker = Picker()
         self._metrics = GatewayMetrics(per_token=settings.metrics_per_token)
@@ -274,7 +274,7 @@ class Gateway:
         watch(names.JOURNAL_WORKING, lambda: float(journal.status.ok))
         watch(names.JOURNAL_QUEUED, lambda: journal.status.queued)
         watch(names.JOURNAL_DROPPED, lambda: journal.status.dropped)
-        watch(names.LEDGER_ROWS, lambda: journal.status.written)
+        watch(names.LEDGER_ROWS, lambda: self._ledger.written)
         watch(names.OPEN_LEASES, lambda: store.open_leases)
         watch(names.LEASES_EXPIRED, lambda: store.stats.expired)
         watch(names.QUOTA_USAGE, lambda: self._quotas(lambda key, _limit: store.used(key) + store.reserved(key)))

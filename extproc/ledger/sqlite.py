@@ -34,6 +34,8 @@ class SqliteLedger:
         self._queue: list[UsageRecord] = []
         self._batch: list[UsageRecord] = []
         self._taking = threading.Lock()
+        self.written = 0
+        """rows in the table by now, since the start; a row is counted at its last word"""
         journal.attach(self)
 
     def append(self, record: UsageRecord) -> None:
@@ -53,6 +55,7 @@ class SqliteLedger:
         return [(_INSERT, rows)] if rows else []
 
     def wrote(self) -> None:
+        self.written += sum(record.error != BROKEN_OFF for record in self._batch)
         self._batch = []
 
     def depth(self) -> int:

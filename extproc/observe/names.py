@@ -143,7 +143,7 @@ STREAMED = MetricName(
 
 # --- Our own, asked for at each scrape (`GatewayMetrics.watch`).
 
-OPEN_STREAMS = MetricName("arks_open_streams", "gauge", "HTTP requests that Envoy has open with this process.")
+OPEN_STREAMS = MetricName("arks_open_streams", "gauge", "Admitted requests that have not ended.")
 POLICY_VERSION = MetricName("arks_policy_version", "gauge", "Number of the policy in force; grows by one per change.")
 POLICY_AGE = MetricName(
     "arks_policy_age_seconds",

@@ -82,6 +82,7 @@ async def test_ledger_and_counters_equal_the_engines_own(parts, session):
         == prompt + completion
     )
     assert sum_series(metrics, "gateway_requests_total") == REQUESTS
+    assert sum_series(metrics, "arks_ledger_rows_total") == REQUESTS
     spent = {
         name: sum(row[column] for row in rows if row["token"] == user)
         for name, user, column in (("prompts", "alice", "prompt_tokens"), ("answers", "bob", "completion_tokens"))
