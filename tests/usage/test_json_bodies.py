@@ -54,7 +54,6 @@ SHAPES = [
     ),
     ("messages", {"usage": {"input_tokens": 3, "cache_read_input_tokens": 24, "output_tokens": 0}}, Usage(27, 0, 24)),
     ("count_tokens", {"input_tokens": 7}, Usage(0, 0)),
-    ("count_tokens", {"type": "error", "error": {"type": "api_error", "message": "m"}}, None),
 ]  # fmt: skip
 
 
@@ -64,6 +63,12 @@ def test_usage_of_every_shape(api, body, usage):
     data = as_json(body)
     assert follow(tap, [data]) == data
     assert (tap.usage, tap.error, tap.done, tap.started, tap.final) == (usage, "", True, True, usage is not None)
+
+
+def test_a_failure_to_count_tokens_has_no_usage():
+    tap = json_tap("count_tokens")
+    follow(tap, [as_json({"type": "error", "error": {"type": "api_error", "message": "m"}})])
+    assert (tap.usage, tap.error) == (None, "engine_error")
 
 
 @settings(max_examples=150, deadline=None)
