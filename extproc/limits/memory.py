@@ -222,12 +222,7 @@ class MemoryStore:
 
         A quota stays, also at 0: a lease that reserved nothing of it may still be settled with more.
         """
-        for _ in range(DROP_AT_ONCE):
-            while self._waste and not self._waste[-1]:
-                self._waste.pop()
-            if not self._waste:
-                break
-            self._waste[-1].popitem()
+        self._drop_waste(DROP_AT_ONCE)
         if not self._cleaning:
             if now < self._clean_at_s:
                 return
@@ -320,6 +315,8 @@ class MemoryStore:
             checks.append((counter, rule.limit, UNITS[rule.unit]))
         if len(self._plans) >= MAX_PLANS:
             self._forget_plans()
+        # Where more grants are in use than plans are kept, thousands are made and forgotten every second.
+        self._drop_waste(2)
         plan = self._plans[id(rules)] = Plan(rules, checks)
         plan.bind(self._fields, now)
         return plan
@@ -357,9 +354,17 @@ class MemoryStore:
         return now
 
     def _forget_plans(self) -> None:
-        """Freeing many thousand of them takes milliseconds, so `_clean` does it bit by bit."""
+        """Freeing many thousand of them takes milliseconds, so `_drop_waste` does it bit by bit."""
         self._waste.append(self._plans)
         self._plans = {}
+
+    def _drop_waste(self, plans: int) -> None:
+        for _ in range(plans):
+            while self._waste and not self._waste[-1]:
+                self._waste.pop()
+            if not self._waste:
+                break
+            self._waste[-1].popitem()
 
     def _saved_closed(self, lease_id: str) -> None:
         if self._journal is not None:

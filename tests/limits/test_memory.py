@@ -1,11 +1,14 @@
 import asyncio
+import gc
 
 import pytest
 
 from extproc.ledger.model import LEASE_EXPIRED, UsageRecord
+from extproc.limits import memory
 from extproc.limits.context import decode_context, encode_context
 from extproc.limits.memory import MemoryStore
 from extproc.limits.model import Amounts, Lease, Rule, Standing
+from extproc.limits.plan import Plan
 from tests.limits.ground import (
     NOON,
     ONE,
@@ -288,6 +291,16 @@ def test_idle_counters_are_dropped_and_nothing_open_is_lost():
     store.settle(open_leases[0], Amounts(1, 1, 1))
     assert (store.reserved("slots/0"), store.used("tpd/0"), store.used("tpd/7")) == (0, 2, 100)
     refused(store.reserve("again", (tpd(150, "tpd/7"),), ONE, ttl_s=60))
+
+
+def test_more_grants_in_use_than_are_kept_ready_do_not_pile_up_between_two_seconds(monkeypatch):
+    monkeypatch.setattr(memory, "MAX_PLANS", 50)
+    store = MemoryStore(clock=Clock())
+    grants = [(tpd(10**9, f"tpd/{n}"),) for n in range(75)]
+    for n in range(3000):
+        store.settle(admitted(store.reserve(f"r{n}", grants[n % 75], ONE, ttl_s=60)), ONE)
+    made = sum(isinstance(each, Plan) for each in gc.get_objects())
+    assert made <= 2 * 50
 
 
 def test_clock_set_back_a_little_neither_opens_nor_forgets_a_window():
