@@ -91,8 +91,7 @@ class Admission:
         """OpenAI's model list as this token may see it, or one entry of it."""
         entries = [
             {"id": name, "object": "model", "created": 0, "owned_by": principal.token.namespace}
-            for name, grant in principal.grants.items()
-            if grant.endpoint is not None
+            for name in principal.grants
         ]
         if model is None:
             return msgspec.json.encode({"object": "list", "data": entries})
@@ -116,7 +115,7 @@ class Admission:
                 "invalid_field", f"'model' must have at most {bodies.MAX_MODEL_CHARS} characters.", param="model"
             )
         grant = principal.grants.get(model)
-        if grant is None or grant.endpoint is None:
+        if grant is None:
             return self._no_grant(principal, model)
         if grant.problem:
             return refused("quota_not_found", grant.problem)

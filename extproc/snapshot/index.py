@@ -3,7 +3,7 @@
 An Index never changes; a new one takes its place by one assignment. `update` costs what changed: the principals of
 tokens that changed, and of those whose endpoint or quota did. It may run in any thread (`LiveIndex` does that).
 
-Fails closed: a grant whose quota is missing is there and refuses; one whose endpoint is missing has none; a secret that
+Fails closed: a grant whose quota is missing is there and refuses; one whose endpoint is missing is none; a secret that
 two tokens share belongs to neither.
 """
 
@@ -32,8 +32,7 @@ class Grant(msgspec.Struct, frozen=True, gc=False):
 
     name: str
     """of the ArksEndpoint"""
-    endpoint: Endpoint | None
-    """None: the policy names an endpoint that does not exist"""
+    endpoint: Endpoint
     rules: tuple[Rule, ...]
     """rates, then quota, then concurrency; refuses nothing where empty"""
     problem: str = ""
@@ -209,30 +208,24 @@ def _principal(policy: Policy, token: Token, quota_rules: dict[Key, tuple[Rule, 
     for grant in token.grants:
         endpoint = policy.endpoints.get((namespace, grant.endpoint))
         # What a token's qos lists first wins, also where two endpoints share one public name.
-        grants.setdefault(
-            endpoint.model if endpoint else grant.endpoint,
-            _grant(token, grant, endpoint, quota_rules, concurrency),
-        )
+        if endpoint is not None and endpoint.model not in grants:
+            grants[endpoint.model] = _grant(token, grant, endpoint, quota_rules, concurrency)
     return Principal(token, grants)
 
 
 def _grant(
     token: Token,
     grant: GrantPolicy,
-    endpoint: Endpoint | None,
+    endpoint: Endpoint,
     quota_rules: dict[Key, tuple[Rule, ...]],
     concurrency: tuple[Rule, ...],
 ) -> Grant:
     problem = ""
-    if endpoint is None:
-        problem = f"The model '{grant.endpoint}' does not exist."
     quota: tuple[Rule, ...] = ()
     if grant.quota is not None:
         found = quota_rules.get((token.namespace, grant.quota))
         if found is None:
-            problem = (
-                problem or f"The quota '{grant.quota}' that this token's use of the model is under does not exist."
-            )
+            problem = f"The quota '{grant.quota}' that this token's use of the model is under does not exist."
         else:
             quota = found
     prefix = f"rate/{token.namespace}/{token.name}/{grant.endpoint}/"

@@ -55,16 +55,20 @@ def test_a_missing_quota_is_a_reason_and_no_freedom():
     assert "quota 'basic'" in grant.problem
 
 
-def test_a_missing_endpoint_is_a_grant_of_nothing():
-    grant = principal(Index.build(policy(token("alice", b"a", Grant("qwen"))))).grants["qwen"]
-    assert grant.endpoint is None
-    assert "qwen" in grant.problem
+def test_a_missing_endpoint_is_no_grant():
+    assert principal(Index.build(policy(token("alice", b"a", Grant("qwen"))))).grants == {}
+
+
+def test_a_missing_endpoint_does_not_stand_before_another_that_serves_its_name():
+    """As where an endpoint was replaced by one of another name that serves the same model."""
+    new = Endpoint("team", "qwen-2", "qwen", None)
+    index = Index.build(policy(token("alice", b"a", Grant("qwen"), Grant("qwen-2")), new))
+    assert principal(index).grants["qwen"].endpoint is new
 
 
 def test_an_endpoint_or_quota_of_another_namespace_is_not_meant():
     elsewhere = (Endpoint("other", "qwen", "qwen", None), Quota("other", "basic", ()))
-    grant = principal(Index.build(policy(token("alice", b"a", Grant("qwen", (), "basic")), *elsewhere))).grants["qwen"]
-    assert grant.endpoint is None
+    assert principal(Index.build(policy(token("alice", b"a", Grant("qwen", (), "basic")), *elsewhere))).grants == {}
 
 
 def test_two_tokens_with_one_secret_are_both_refused_until_one_goes():
