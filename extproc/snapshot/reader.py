@@ -97,17 +97,17 @@ def _object(value: Any, at: Path, lines: Lines, items: list[Item], faults: list[
         return
     model = _model(kind, api_version)
     if model is None:
-        if kind in KINDS and api_version.startswith(f"{GROUP}/"):
-            faults.append(
-                Fault(
-                    _line(lines, (*at, "apiVersion")),
-                    shown((*at, "apiVersion")),
-                    "is an unknown version",
-                    f"write {API_VERSION}",
-                )
-            )
+        if kind in KINDS:
+            place = (*at, "apiVersion")
+            faults.append(Fault(_line(lines, place), shown(place), "is an unknown version", f"write {API_VERSION}"))
+            return
+        place = (*at, "kind")
+        if api_version.partition("/")[0] == GROUP:
+            # Misspelt, not foreign: passed over it would take away a token, a quota or an endpoint that is in force.
+            close = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0)[0]
+            faults.append(Fault(_line(lines, place), shown(place), f"is no kind of {GROUP}", f"did you mean {close}?"))
         else:
-            remarks.append(Remark(_line(lines, (*at, "kind")), shown((*at, "kind")), _unknown_kind(kind)))
+            remarks.append(Remark(_line(lines, place), shown(place), "this kind is not understood and ignored"))
         return
     policy = kind in _POLICY_KINDS
     try:
@@ -146,11 +146,6 @@ def _trimmed(value: dict[str, Any]) -> dict[str, Any]:
     if isinstance(meta, dict):
         kept["metadata"] = {key: part for key, part in meta.items() if key in _META_FIELDS}
     return kept
-
-
-def _unknown_kind(kind: str) -> str:
-    close = difflib.get_close_matches(kind, KINDS, n=1)
-    return f"this kind is not understood and ignored{f' (did you mean {close[0]}?)' if close else ''}"
 
 
 def _places(made: Fragment, at: Path, lines: Lines) -> tuple[tuple[str, int], ...]:

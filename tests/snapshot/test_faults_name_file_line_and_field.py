@@ -61,6 +61,9 @@ def test_all_faults_of_all_files_are_told_at_once(folder):
             "",
         ),
         (("arks.ai/v1", "arks.ai/v2"), 1, "apiVersion", "unknown version", "arks.ai/v1"),
+        (("arks.ai/v1", "ark.ai/v1"), 1, "apiVersion", "unknown version", "arks.ai/v1"),
+        (("kind: ArksToken", "kind: ArksTokens"), 2, "kind", "no kind of arks.ai", "ArksToken?"),
+        (("kind: ArksToken", "kind: arkstoken"), 2, "kind", "no kind of arks.ai", "ArksToken?"),
         (("kind: ArksToken\n", ""), 1, "kind", "required", ""),
         (
             ("    - arksEndpoint:\n        name: qwen", "    - arksEndpoint: qwen"),
