@@ -67,7 +67,7 @@ def add_flag(
         metavar = "{" + ",".join(choices) + "}"
     parser.add_argument(
         flag,
-        type=_named(read, name) if given else read,
+        type=lambda text: (_named(read, name) if text == given else read)(text),
         default=given or default,
         help=told.replace("%", "%%"),
         metavar=metavar,
@@ -173,7 +173,10 @@ def listen_address(text: str) -> str:
 
 def engine_url(text: str) -> EngineUrl:
     """http://HOST:PORT of an OpenAI-compatible server; a trailing /v1 is understood."""
-    parts = urlsplit(text if "://" in text else f"http://{text}")
+    try:
+        parts = urlsplit(text if "://" in text else f"http://{text}")
+    except ValueError as error:  # brackets that hold no IPv6 address
+        raise argparse.ArgumentTypeError(f"{text!r} is no address; write for example http://[::1]:8000") from error
     if parts.scheme == "https":
         raise argparse.ArgumentTypeError(
             f"{text}: TLS to engines is not supported yet; give its http:// address, or put a local TLS proxy before it"
@@ -181,10 +184,12 @@ def engine_url(text: str) -> EngineUrl:
     if parts.scheme != "http":
         raise argparse.ArgumentTypeError(f"{text!r} is not an http:// address; write for example http://localhost:8000")
     try:
-        port = parts.port or 80
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: the port must be a number up to 65535") from error
-    if not parts.hostname:
+        port = 80 if parts.port is None else parts.port
+    except ValueError:
+        port = 0
+    if port == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: the port must be a number from 1 to 65535")
+    if not parts.hostname or not parts.hostname.isprintable() or " " in parts.hostname:
         raise argparse.ArgumentTypeError(f"{text!r} names no host; write for example http://localhost:8000")
     if parts.username or parts.password:
         raise argparse.ArgumentTypeError("an engine's address cannot carry a user or password")

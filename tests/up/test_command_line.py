@@ -44,6 +44,9 @@ def fails(capsys, *argv, variables=()):
         (["up", "--engine", "http://host:8000/api"], "--engine: 'http://host:8000/api': give the server's root"),
         (["up", "--engine", "ftp://host"], "is not an http:// address"),
         (["up", "--engine", "http://:80"], "names no host"),
+        (["up", "--engine", "http://a b"], "names no host"),
+        (["up", "--engine", "http://[::1"], "is no address; write for example http://[::1]:8000"),
+        (["up", "--engine", "http://host:0"], "the port must be a number from 1 to 65535"),
         (["up", "--engine", "http://me:secret@host"], "cannot carry a user or password"),
         (["up", "--transport", "h3"], "--transport: 'h3' is none of h2, grpc_aio"),
         (["up", "--envoy", "/no/envoy"], "--envoy: /no/envoy: no such file"),
@@ -82,6 +85,12 @@ def test_wrong_values_name_the_flag_and_the_fix(capsys, argv, says):
 def test_a_wrong_variable_is_named_itself(capsys, monkeypatch, name, value, argv):
     monkeypatch.setenv(name, value)
     assert name in fails(capsys, *argv)
+
+
+def test_a_wrong_flag_is_not_blamed_on_its_variable(capsys, monkeypatch):
+    monkeypatch.setenv("ARKS_LISTEN", "127.0.0.1:0")
+    error = fails(capsys, "up", "--listen", "127.0.0.1:80000")
+    assert "--listen: '127.0.0.1:80000': the port must be a number" in error
 
 
 def test_another_commands_variable_does_not_get_in_the_way(monkeypatch, tmp_path):
