@@ -86,6 +86,8 @@ class Gateway:
         self._notes: frozenset[Note] = frozenset()
         self._changed = asyncio.Event()
         self._engines: frozenset[str] = frozenset()
+        self._untold = False
+        """Envoy could not be told of the present engines"""
 
     async def run(self, stopped: asyncio.Event) -> int:
         """Raises PolicyErrors, JournalError or OSError where a part cannot start."""
@@ -197,13 +199,21 @@ class Gateway:
         policy = self._live.current.policy
         self._picker.set_policy(policy.endpoints.values(), self._settings.engines)
         self._metrics.retain(policy.endpoints)
+        self._tell_envoy()
+
+    def _tell_envoy(self) -> None:
+        """Which engines there are. Pins that Envoy does not know go to any of those that it does."""
         engines = frozenset(state.address for state in self._picker.snapshot())
-        if engines != self._engines and self._settings.eds_file is not None:
+        file = self._settings.eds_file
+        if engines != self._engines and file is not None:
             try:
-                write_eds(self._settings.eds_file, engines)
+                write_eds(file, engines)
             except OSError as error:
-                log.error("cannot tell Envoy the engines", file=str(self._settings.eds_file), error=error.strerror)
-        self._engines = engines
+                if not self._untold:
+                    log.error("cannot tell Envoy the engines, trying on", file=str(file), error=error.strerror)
+                self._untold = True
+                return
+        self._engines, self._untold = engines, False
 
     async def _report_quotas(self) -> None:
         """To the controller; with a policy folder there is nobody who would write it down."""
@@ -219,6 +229,8 @@ class Gateway:
                 await asyncio.sleep(TICK_S / 4)
                 self._metrics.count_ended()
             self._store.tick()
+            if self._untold:
+                self._tell_envoy()
 
     def _checks(self) -> dict[str, Callable[[], Check]]:
         return {
