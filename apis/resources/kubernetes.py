@@ -117,6 +117,13 @@ class EndpointSlice(Foreign):
     endpoints: list[SliceEndpoint] = []
     ports: list[SlicePort] = []
 
+    @model_validator(mode="after")
+    def _addresses_as_envoy_writes_them(self) -> "EndpointSlice":
+        if self.address_type != "FQDN":
+            for endpoint in self.endpoints:
+                endpoint.addresses = [_ip(address) for address in endpoint.addresses]
+        return self
+
     @property
     def service(self) -> str:
         """The Service this slice belongs to; empty when it belongs to none."""
