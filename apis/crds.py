@@ -51,6 +51,10 @@ class Face:
     scale: bool = False
 
 
+def _condition(type_: str, description: str) -> Column:
+    return Column(type_, f".status.conditions[?(@.type=='{type_}')].status", description=description)
+
+
 _AGE: Final = Column("Age", ".metadata.creationTimestamp", "date")
 _PHASE: Final = Column("Phase", ".status.phase")
 
@@ -88,6 +92,7 @@ FACES: Final = {
                 "Model", ".spec.modelName", priority=1, description="public model name where it is not the object's"
             ),
             Column("Weights", ".spec.weightPolicy", priority=1),
+            _condition("Programmed", "a Gateway carries its traffic to something that is ready"),
         ),
     ),
     "ArksModel": Face(
@@ -100,13 +105,17 @@ FACES: Final = {
             Column("Revision", ".status.revision", priority=1),
         ),
     ),
-    "ArksQuota": Face(("aq",), (Column("AGE", ".metadata.creationTimestamp", "date"),)),
+    "ArksQuota": Face(
+        ("aq",),
+        (Column("AGE", ".metadata.creationTimestamp", "date"), _condition("Accepted", "nothing is wrong with it")),
+    ),
     "ArksToken": Face(
         (),
         (
             _AGE,
             Column("Disabled", ".spec.disabled", "boolean"),
             Column("Expires", ".spec.expiresAt", "string", description="refused from this time on"),
+            _condition("Accepted", "requests with it are served; its condition says why not"),
         ),
     ),
 }

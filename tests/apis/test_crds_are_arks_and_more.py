@@ -141,6 +141,14 @@ def test_names_and_columns_are_arks(kind):
     assert version["subresources"]["status"] == {}
 
 
+@pytest.mark.parametrize(
+    ("kind", "type_"), [("ArksEndpoint", "Programmed"), ("ArksQuota", "Accepted"), ("ArksToken", "Accepted")]
+)
+def test_a_kind_without_phases_shows_in_its_columns_whether_it_works(kind, type_):
+    columns = definition(kind)["spec"]["versions"][0]["additionalPrinterColumns"]
+    assert (type_, f".status.conditions[?(@.type=='{type_}')].status") == (columns[-1]["name"], columns[-1]["jsonPath"])
+
+
 def test_an_application_can_be_scaled():
     version = definition("ArksApplication")["spec"]["versions"][0]
     scale = version["subresources"]["scale"]
