@@ -19,6 +19,7 @@ from controller.reconcile.desired.leftovers import beside_workloads
 from controller.reconcile.desired.metadata import owned_by
 from controller.reconcile.desired.outcome import FRONTEND_ROLE, Desired, World
 from controller.reconcile.desired.phase import Judgement, Verdict, judge
+from controller.reconcile.desired.stuck import first_stuck
 from controller.reconcile.finalizers import release
 from controller.reconcile.kinds import ARKS
 from controller.reconcile.writing import REFUSED_AGAIN_S, Refusal
@@ -51,7 +52,7 @@ async def reconcile_application(context: Context, key: Key) -> float | None:
     wanted = wanted or {ROLE_NAME: max(0, app.spec.replicas)}
     if desired.frontends:
         wanted[FRONTEND_ROLE] = desired.frontends
-    judgement = _judged(desired, counts, wanted, refusal)
+    judgement = _judged(desired, counts, wanted, refusal, first_stuck(world.observed.pods))
     total = Counts()
     for role, each in counts.items():
         total = total.plus(each) if role != FRONTEND_ROLE else total
@@ -89,7 +90,7 @@ async def reconcile_disaggregated(context: Context, key: Key) -> float | None:
     refusal = await _carry_out(context, app.metadata.uid, desired)
     counts = desired.counts(world.observed)
     wanted = {role.name: role.replicas for role in desired.serving.roles} if desired.serving else _asked(app)
-    judgement = _judged(desired, counts, wanted, refusal)
+    judgement = _judged(desired, counts, wanted, refusal, first_stuck(world.observed.pods))
     if refusal is None and _rolled_out(desired, wanted, counts):
         await _tidy(context, app, desired)
     status: dict[str, Any] = {"phase": judgement.phase}
@@ -157,13 +158,13 @@ async def _tidy(context: Context, app: ArksApplication | ArksDisaggregatedApplic
 
 
 def _judged(
-    desired: Desired, counts: Mapping[str, Counts], wanted: Mapping[str, int], refusal: Refusal | None
+    desired: Desired, counts: Mapping[str, Counts], wanted: Mapping[str, int], refusal: Refusal | None, stuck: str
 ) -> Judgement:
     """A refusal of the API server is no fault of the precheck: what serves goes on, else the application failed."""
-    judgement = judge(desired, counts, wanted)
+    judgement = judge(desired, counts, wanted, stuck=stuck)
     if refusal is None:
         return judgement
-    text = f"spec: the API server refused {refusal}"
+    text = refusal.told("spec")
     by_type = {verdict.type: verdict for verdict in judgement.conditions}
     if by_type["Ready"].status == "True":
         note = Verdict("Degraded", "True", "UnderlayReconcileFailed", text)

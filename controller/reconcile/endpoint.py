@@ -89,7 +89,7 @@ def _accepted(desired: DesiredEndpoint, refusal: Refusal | None) -> Verdict:
     if blocking is not None:
         return Verdict("Accepted", "False", blocking.reason, str(blocking))
     if refusal is not None:
-        return Verdict("Accepted", "False", "RouteRefused", f"spec: the API server refused {refusal}")
+        return Verdict("Accepted", "False", "RouteRefused", refusal.told("spec"))
     return Verdict("Accepted", "True", "Accepted", "The endpoint is valid")
 
 

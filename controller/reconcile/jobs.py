@@ -20,7 +20,7 @@ from controller.reconcile.desired.metadata import owned_by
 from controller.reconcile.loading import Loading, State, loading_of
 from controller.reconcile.objects import uid_of
 from controller.reconcile.watches import model_secrets
-from controller.reconcile.writing import Refusal
+from controller.reconcile.writing import NAME_TAKEN, Refusal
 from controller.workloads.model import TEMPLATE_HASH, Deletion
 
 TRIED_ANNOTATION: Final = "arks.ai/tried-with"
@@ -46,7 +46,7 @@ class Jobs:
         if job["metadata"].get("deletionTimestamp"):
             return None
         if not owned_by(job, self._model):
-            return Refusal("Job", meta["name"], "NameTaken", "a Job of this name is not ours")
+            return Refusal("Job", meta["name"], NAME_TAKEN, "a Job of this name is not ours; rename one of them")
         pods = [pod for pod in self._pods() if _is_of(pod, job)]
         loading = loading_of(job, pods)
         same = (job["metadata"].get("annotations") or {}).get(TEMPLATE_HASH) == meta["annotations"][TEMPLATE_HASH]

@@ -16,14 +16,11 @@ from typing import Any, Final
 
 from controller.kube.client import Object
 from controller.models.report import Report, parse_report
+from controller.reconcile.desired.stuck import stuck
 
 LOAD_FAILED: Final = "ModelLoadFailed"
 # What a loader says lands in a condition, and an API server takes no other form of reason there.
 _REASON: Final = re.compile(r"[A-Za-z][A-Za-z0-9]{0,63}")
-# A container that waits for one of these will not go on by itself soon: worth saying.
-_STUCK: Final = frozenset(
-    {"CreateContainerConfigError", "CreateContainerError", "ErrImagePull", "ImagePullBackOff", "InvalidImageName"}
-)
 
 
 class State(enum.Enum):
@@ -58,7 +55,7 @@ def loading_of(job: Object, pods: Iterable[Object]) -> Loading:
         text = _why(failed) or _raw_words(mine) or str(said.get("message") or "Unknown failure reason")
         reason = failed.reason if failed is not None and _REASON.fullmatch(failed.reason) else LOAD_FAILED
         return Loading(State.FAILED, text, reason, failed_at=_time(said.get("lastTransitionTime")))
-    waiting = next((text for pod in mine if (text := _stuck(pod))), "")
+    waiting = next((text for pod in mine if (text := stuck(pod))), "")
     running = next((pod["metadata"]["name"] for pod in mine if pod["status"]["phase"] == "Running"), "")
     if not waiting and reports and reports[-1].state == "failed":
         waiting = f"trying again after: {_why(_failure(reports))}"
@@ -100,17 +97,6 @@ def _raw_words(pods: list[Object]) -> str:
             if not text or parse_report(text) is not None:  # how far it was is not why it ended
                 return f"the loader ended with status {end['exitCode']}"
             return text[-500:]
-    return ""
-
-
-def _stuck(pod: Object) -> str:
-    for each in pod["status"]["conditions"]:
-        if each["type"] == "PodScheduled" and each["status"] == "False" and each.get("reason") == "Unschedulable":
-            return f"Unschedulable: {each.get('message', '')}".rstrip(": ")
-    for each in pod["status"]["containerStatuses"]:
-        waiting = each["state"].get("waiting") or {}
-        if waiting.get("reason") in _STUCK:
-            return f"{waiting['reason']}: {waiting.get('message', '')}".rstrip(": ")
     return ""
 
 

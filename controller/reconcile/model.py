@@ -167,7 +167,7 @@ class _Model:
             name = claim["metadata"]["name"]
             found.storage = Verdict("StorageCreated", "False", "StorageCreating", f"making the claim {name}")
             return
-        found.fail("BoundFailed", f"spec.storage.pvc: the API server refused {refusal}", storage=True)
+        found.fail("BoundFailed", refusal.told("spec.storage.pvc"), storage=True)
         found.again_s = REFUSED_AGAIN_S
 
     async def _grow(self, claim: Object, desired: Object) -> None:
@@ -203,7 +203,7 @@ class _Model:
     async def _tell(self, loading: Loading | Refusal | None) -> None:
         found = self._found
         if isinstance(loading, Refusal):
-            found.fail("CreateWorkerPodFailed", f"spec: the API server refused {loading}")
+            found.fail("CreateWorkerPodFailed", loading.told("spec"))
             found.again_s = REFUSED_AGAIN_S
         elif loading is None or loading.state is State.LOADING:
             await self._ask([loading] if loading is not None else [])

@@ -27,6 +27,7 @@ from controller.reconcile.takeover import arks_owns_fields, take_over
 from controller.reconcile.watches import Watches
 from controller.workloads.model import APPLICATION_LABEL, MODEL_LABEL, Deletion
 
+NAME_TAKEN: Final = "NameTaken"
 REFUSED_AGAIN_S: Final = 30.0
 """a refusal may end without a change that we would see: a quota raised, a right granted"""
 
@@ -39,6 +40,12 @@ class Refusal:
     name: str
     reason: str
     message: str
+
+    def told(self, field: str) -> str:
+        """For a condition; `field` is what the object was made from."""
+        if self.reason == NAME_TAKEN:
+            return f"metadata.name: {self}"
+        return f"{field}: the API server refused {self}"
 
     def __str__(self) -> str:
         return f"{self.kind} {self.name}: {self.message}"
@@ -98,12 +105,12 @@ class Writer:
                 await self._remove(resource, live)
                 return None
             if live is not None and _stranger(live, uid, body):
-                return Refusal(kind, key.name, "NameTaken", "an object of this name is not ours; rename one of them")
+                return Refusal(kind, key.name, NAME_TAKEN, "an object of this name is not ours; rename one of them")
             if live is not None and "managedFields" in live["metadata"]:
                 await self._take_over(resource, live, everyones=kind == "RoleBasedGroup")
                 live = None  # its version has changed
             if live is None and not trusted and not await self._free(resource, key, uid, body):
-                return Refusal(kind, key.name, "NameTaken", "an object of this name is not ours; rename one of them")
+                return Refusal(kind, key.name, NAME_TAKEN, "an object of this name is not ours; rename one of them")
             applied = await self._applier.apply(resource, body, live=live)
             if applied.object is not None:
                 await self._settle(resource, body, applied.object)

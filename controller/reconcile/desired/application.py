@@ -6,7 +6,7 @@ With a blocking problem nothing is built: whatever runs goes on as it is, until 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from apis.resources import ArksApplication, ArksModel
@@ -28,7 +28,7 @@ from controller.reconcile.desired.leftovers import dynamo_account, frontend_name
 from controller.reconcile.desired.metadata import SCRAPED, application_labels, owner_reference
 from controller.reconcile.desired.mounts import Weights, mounted_weights
 from controller.reconcile.desired.outcome import FRONTEND_ROLE, Desired, World, blocked, rolling
-from controller.reconcile.desired.pod import PodInput, instance_dict, pod_template
+from controller.reconcile.desired.pod import PodInput, instance_dict, pod_template, pull_secrets
 from controller.reconcile.desired.precheck import instance_problems, model_problems, name_problems
 from controller.reconcile.desired.service import (
     DYNAMO_DISCOVERY,
@@ -224,10 +224,6 @@ def _template(
             shared_memory=not bare,
         )
     )
-
-
-def pull_secrets(references: Sequence[object]) -> list[Object]:
-    return [{"name": getattr(item, "name", "")} for item in references]
 
 
 def _serving(

@@ -18,13 +18,13 @@ from controller.engines.arguments import split_entries
 from controller.engines.images import router_image, runtime_image
 from controller.engines.model import GroupVariables, Launch, LaunchSpec, Problem, Role, Stage
 from controller.engines.registry import DEFAULT_DISAGGREGATED_RUNTIME, ENGINES, unsupported
-from controller.reconcile.desired.application import ALLOW_UNKNOWN_ANNOTATION, pull_secrets
+from controller.reconcile.desired.application import ALLOW_UNKNOWN_ANNOTATION
 from controller.reconcile.desired.gang import gang_of
 from controller.reconcile.desired.leftovers import dynamo_account, leftovers, predecessors, router_account
 from controller.reconcile.desired.metadata import application_labels, owner_reference
 from controller.reconcile.desired.mounts import Weights, mounted_model
 from controller.reconcile.desired.outcome import Desired, World, blocked, rolling
-from controller.reconcile.desired.pod import PodInput, instance_dict, pod_template
+from controller.reconcile.desired.pod import PodInput, instance_dict, pod_template, pull_secrets
 from controller.reconcile.desired.precheck import instance_problems, model_problems, name_problems
 from controller.reconcile.desired.service import (
     DYNAMO_DISCOVERY,

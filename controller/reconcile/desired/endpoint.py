@@ -15,7 +15,14 @@ from apis.resources import ArksApplication, ArksDisaggregatedApplication, ArksEn
 from apis.resources.gatewayapi import HTTPRouteMatch
 from controller.engines.model import SERVING_PORT, Problem
 from controller.reconcile.desired.application import served_name
-from controller.reconcile.desired.metadata import ENDPOINT_LABEL, MANAGED_BY, object_metadata, owned_by, plain
+from controller.reconcile.desired.metadata import (
+    ENDPOINT_LABEL,
+    LABEL_MAX,
+    MANAGED_BY,
+    object_metadata,
+    owned_by,
+    plain,
+)
 from controller.reconcile.desired.service import service_name
 from controller.workloads.model import Object
 
@@ -168,7 +175,8 @@ def desired_endpoint(
     problems = (*bad, *full)
     if any(problem.blocking for problem in problems):
         return DesiredEndpoint(None, problems=problems)
-    labels = {ENDPOINT_LABEL: endpoint.metadata.name, **MANAGED_BY}
+    named = {ENDPOINT_LABEL: endpoint.metadata.name}
+    labels = {**(named if len(endpoint.metadata.name) <= LABEL_MAX else {}), **MANAGED_BY}
     route = {
         "apiVersion": "gateway.networking.k8s.io/v1",
         "kind": "HTTPRoute",

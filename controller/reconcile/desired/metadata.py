@@ -10,6 +10,7 @@ from controller.workloads.model import APPLICATION_LABEL, MODEL_LABEL, Object
 MANAGED_BY = {"managed-by": "arks"}
 SCRAPED = {"prometheus-discovery": "true", **MANAGED_BY}
 ENDPOINT_LABEL = "arks.ai/endpoint"
+LABEL_MAX = 63  # characters of a label's value
 
 
 def owner_reference(resource: Resource) -> Object:

@@ -15,9 +15,9 @@ from apis.resources import ArksModel
 from apis.resources.model import Download, OciSource, Proxy
 from controller.engines.images import loader_image
 from controller.engines.model import MODELS_MOUNT, Problem
-from controller.reconcile.desired.metadata import MANAGED_BY, object_metadata, plain
-from controller.reconcile.desired.pod import instance_dict, merged_env, pod_level
-from controller.reconcile.desired.precheck import instance_problems
+from controller.reconcile.desired.metadata import LABEL_MAX, MANAGED_BY, object_metadata, plain
+from controller.reconcile.desired.pod import instance_dict, merged_env, pod_level, pull_secrets
+from controller.reconcile.desired.precheck import instance_problems, label_problems
 from controller.reconcile.desired.storage import MODELS_VOLUME, Storage, storage_of
 from controller.workloads.model import MODEL_LABEL, TEMPLATE_HASH, Deletion, Object, template_hash
 
@@ -63,7 +63,7 @@ def desired_model(
     ``node``: copy onto that node (``storage.hostPath``), in a Job of its own.
     """
     storage, problem = storage_of(model, read_only=False)
-    problems = instance_problems(model.spec.instance_spec, "spec.instanceSpec")
+    problems = (*instance_problems(model.spec.instance_spec, "spec.instanceSpec"), *label_problems(model.metadata.name))
     if storage is None or problems:
         return DesiredModel(problems=(*((problem,) if problem else ()), *problems))
     claim = None
@@ -86,8 +86,12 @@ def desired_model(
 
 
 def job_name(model: ArksModel, node: str = "") -> str:
+    """Arks' name, as far as it goes: a Job's name is a label of its pods, too."""
     name = f"arks-worker-{model.metadata.name}"
-    return f"{name}-{template_hash(node)[:8]}" if node else name
+    whole = f"{name}-{template_hash(node)[:8]}" if node else name
+    if len(whole) <= LABEL_MAX:
+        return whole
+    return f"{name[: LABEL_MAX - 9].rstrip('-.')}-{template_hash([name, node])[:8]}"
 
 
 def load_request(model: ArksModel, storage: Storage) -> Object:
@@ -167,7 +171,7 @@ def _template(model: ArksModel, storage: Storage, environment: Mapping[str, str]
     if "terminationGracePeriodSeconds" in instance:
         spec["terminationGracePeriodSeconds"] = instance["terminationGracePeriodSeconds"]
     if model.spec.image_pull_secrets:
-        spec["imagePullSecrets"] = [{"name": item.name} for item in model.spec.image_pull_secrets]
+        spec["imagePullSecrets"] = pull_secrets(model.spec.image_pull_secrets)
     if node:
         spec["nodeSelector"] = {**spec.get("nodeSelector", {}), "kubernetes.io/hostname": node}
         tolerations = plain(model.spec.preload).get("tolerations", []) if model.spec.preload else []

@@ -26,8 +26,9 @@ class Judgement(NamedTuple):
     conditions: tuple[Verdict, ...]
 
 
-def judge(desired: Desired, counts: Mapping[str, Counts], wanted: Mapping[str, int]) -> Judgement:
+def judge(desired: Desired, counts: Mapping[str, Counts], wanted: Mapping[str, int], *, stuck: str = "") -> Judgement:
     """``wanted`` are the replicas asked for, by role. Failed is a state, not a verdict: the next pass may differ.
+    ``stuck``: what holds a pod up.
 
     An application that serves goes on being Running while a new, blocked spec waits: what runs is untouched.
     """
@@ -39,23 +40,25 @@ def judge(desired: Desired, counts: Mapping[str, Counts], wanted: Mapping[str, i
         loaded = Verdict("Loaded", "Unknown", "PrecheckFailed", "not looked at before the pre-checking passes")
     elif problem is not None:
         loaded = Verdict("Loaded", "False", problem.reason, problem.message)
-    ready = _ready(problem, counts, wanted)
+    ready = _ready(problem, counts, wanted, stuck)
     warnings = _warnings(desired.problems)
     return Judgement(_phase(problem, ready), (precheck, loaded, ready, *warnings))
 
 
-def _ready(problem: Problem | None, counts: Mapping[str, Counts], wanted: Mapping[str, int]) -> Verdict:
+def _ready(problem: Problem | None, counts: Mapping[str, Counts], wanted: Mapping[str, int], stuck: str) -> Verdict:
     asked = {role: number for role, number in wanted.items() if number}
     text = ", ".join(f"{role} {counts.get(role, Counts()).ready}/{number}" for role, number in asked.items())
     serves = bool(asked) and all(counts.get(role, Counts()).ready > 0 for role in asked)
     if serves:
-        waiting = f"; the newest spec waits: {problem}" if problem is not None else ""
+        waiting = f"; the newest spec waits: {problem}" if problem is not None else f"; {stuck}" if stuck else ""
         return Verdict("Ready", "True", "Running", f"The LLM service is running: {text} replicas ready{waiting}")
     if problem is not None:
         return Verdict("Ready", "False", problem.reason, str(problem))
     if not asked:
         return Verdict("Ready", "False", "ScaledToZero", "no replicas are asked for")
-    return Verdict("Ready", "False", "ReplicasNotReady", f"waiting for replicas: {text} ready")
+    return Verdict(
+        "Ready", "False", "ReplicasNotReady", f"waiting for replicas: {text} ready{f'; {stuck}' if stuck else ''}"
+    )
 
 
 def _phase(problem: Problem | None, ready: Verdict) -> str:

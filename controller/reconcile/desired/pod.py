@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from apis.resources.base import LocalObjectReference
 from apis.resources.instance import ArksInstanceSpec
 from controller.engines.model import MODELS_MOUNT, Launch, Probes, Sidecar
 from controller.reconcile.desired.metadata import plain
@@ -69,9 +70,19 @@ def pod_level(instance: Object) -> Object:
 
 
 def merged_env(ours: Iterable[Mapping[str, object]], theirs: Sequence[Object]) -> list[Object]:
-    """Ours first, so that theirs may refer to it; never one name twice, which server-side apply refuses."""
-    taken = {item["name"] for item in theirs}
-    return [dict(item) for item in ours if item["name"] not in taken] + [dict(item) for item in theirs]
+    """Ours first, so that theirs may refer to it. Never one name twice, which server-side apply refuses: of theirs the
+    last counts, as in a container.
+    """
+    kept: Object = {}
+    for item in theirs:
+        kept.pop(item["name"], None)
+        kept[item["name"]] = dict(item)
+    return [dict(item) for item in ours if item["name"] not in kept] + list(kept.values())
+
+
+def pull_secrets(references: Iterable[LocalObjectReference]) -> list[Object]:
+    """Each once, for the same reason."""
+    return [{"name": name} for name in dict.fromkeys(item.name for item in references)]
 
 
 def container_ports(ports: Iterable[tuple[str, int]]) -> list[Object]:

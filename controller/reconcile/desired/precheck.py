@@ -7,10 +7,13 @@ import re
 from apis.resources import ArksModel
 from apis.resources.instance import RESERVED_MOUNT_PATH, RESERVED_VOLUME, ArksInstanceSpec
 from controller.engines.model import Problem
+from controller.reconcile.desired.metadata import LABEL_MAX
 
 _LABEL_1035 = re.compile(r"^[a-z]([-a-z0-9]*[a-z0-9])?$")
-# What "<app>-0-inference", "<app>-0-scheduler", "<app>-scheduler" leave of 52 characters: (whole, disaggregated).
-_ROOM = {"rbg": (40, 40), "lws": (50, 42), "deployment": (50, 42)}
+_LABEL_1123 = re.compile(r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
+# What "<app>-0-inference", "<app>-0-scheduler", "<app>-scheduler" leave of 52 characters, and "arks-application-<app>"
+# of 63: (whole, disaggregated).
+_ROOM = {"rbg": (40, 40), "lws": (46, 42), "deployment": (46, 42)}
 
 
 def instance_problems(instance: ArksInstanceSpec | None, path: str) -> tuple[Problem, ...]:
@@ -42,14 +45,23 @@ def name_problems(name: str, workload: str, *, disaggregated: bool = False) -> t
     """A StatefulSet's name and a hash make one label of 63 characters; ours is the beginning of the name."""
     if workload not in _ROOM:
         return ()
-    if workload != "deployment" and not _LABEL_1035.match(name):
-        text = "the name must start with a letter and hold only a-z, 0-9 and -: it becomes part of DNS names"
+    if not (_LABEL_1123 if workload == "deployment" else _LABEL_1035).match(name):
+        first = "" if workload == "deployment" else "start with a letter and "
+        text = f"the name must {first}hold only a-z, 0-9 and -: it becomes part of DNS names"
         return (Problem("InvalidName", "metadata.name", text),)
     limit = _ROOM[workload][disaggregated]
     if len(name) > limit:
-        text = f"the name has {len(name)} characters; pods of a group are named after it, so at most {limit} fit"
+        text = f"the name has {len(name)} characters; its Service and pods are named after it, so at most {limit} fit"
         return (Problem("InvalidName", "metadata.name", text),)
     return ()
+
+
+def label_problems(name: str) -> tuple[Problem, ...]:
+    """A model's name is a label of its claim, and of everything that runs it."""
+    if len(name) <= LABEL_MAX:
+        return ()
+    text = f"the name has {len(name)} characters; it becomes a label, so at most {LABEL_MAX} fit"
+    return (Problem("InvalidName", "metadata.name", text),)
 
 
 def model_problems(model: ArksModel | None, name: str) -> tuple[Problem, ...]:
@@ -57,7 +69,8 @@ def model_problems(model: ArksModel | None, name: str) -> tuple[Problem, ...]:
     if model is None:
         return (Problem("ModelNotExist", "spec.model.name", f"there is no ArksModel {name!r} in this namespace"),)
     if model.status.phase == "Failed":
-        why = next((c.message for c in model.status.conditions if c.type == "ModelLoaded" and c.message), "")
+        said = {c.type: c.message for c in model.status.conditions if c.status == "False"}
+        why = said.get("Ready") or said.get("ModelLoaded") or ""
         return (
             Problem("ModelLoadFailed", "spec.model.name", f"ArksModel {name!r} failed to load: {why}".rstrip(": ")),
         )
