@@ -198,7 +198,7 @@ class Gateway:
         """Tell everyone else of the policy that is now in force."""
         policy = self._live.current.policy
         self._picker.set_policy(policy.endpoints.values(), self._settings.engines)
-        self._metrics.retain(policy.endpoints)
+        self._metrics.retain(policy.endpoints, policy.tokens)
         self._tell_envoy()
 
     def _tell_envoy(self) -> None:

@@ -10,7 +10,7 @@ All methods run on the event loop. Nothing here can fail a request: labels are r
 
 import asyncio
 from bisect import bisect_left
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator
 from typing import Any, TypeAlias, TypeVar
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector, generate_latest
@@ -84,6 +84,18 @@ class _Series:
         self.exact = 0
         self.estimated = 0
         self.streamed = 0
+
+    def add(self, other: "_Series") -> None:
+        """Count here what was counted there."""
+        for name in self.__slots__:
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if isinstance(ours, dict):
+                theirs = _sum_dicts((ours, theirs))
+            elif isinstance(ours, list):
+                theirs = _sum_lists([ours, theirs])
+            else:
+                theirs += ours
+            setattr(self, name, theirs)
 
 
 class GatewayMetrics:
@@ -191,15 +203,28 @@ class GatewayMetrics:
         """Ask `read` for the metric's value at each scrape. One that raises is left out of that scrape."""
         self._watched.append((metric, read))
 
-    def retain(self, endpoints: Iterable[EndpointKey]) -> None:
-        """Forget the series of endpoints that are not among these: deleted models must not pile up for ever."""
+    def retain(self, endpoints: Iterable[EndpointKey], tokens: Collection[EndpointKey]) -> None:
+        """Forget the series of endpoints that are not among these: deleted models must not pile up for ever.
+
+        Nor must deleted tokens, whose `user` they carry: they are counted on together, as nobody's, so that no sum
+        over a model's users falls. Both are (namespace, name).
+        """
         keep = set(endpoints)
         for by_key in self._series.values():
-            for key in [key for key in by_key if (key[0] if self._per_token else key) not in keep]:
-                del by_key[key]
+            for key in list(by_key):
+                endpoint, user = key if self._per_token else (key, "")
+                if endpoint not in keep:
+                    del by_key[key]
+                elif user and (endpoint[0], user) not in tokens:
+                    by_key.setdefault((endpoint, ""), _Series()).add(by_key.pop(key))
         models = keep | {(namespace, "") for namespace, _ in keep}
-        for limited in [key for key in self._rate_limited if (key[0], key[1]) not in models]:
-            del self._rate_limited[limited]
+        for limited in list(self._rate_limited):
+            namespace, model, kind, user = limited
+            if (namespace, model) not in models:
+                del self._rate_limited[limited]
+            elif user and (namespace, user) not in tokens:
+                nobody = (namespace, model, kind, "")
+                self._rate_limited[nobody] = self._rate_limited.get(nobody, 0) + self._rate_limited.pop(limited)
 
     async def exposition(self) -> AsyncIterator[bytes]:
         """The scrape, in slices between which the event loop serves requests."""

@@ -127,10 +127,29 @@ def test_deleted_endpoints_do_not_pile_up():
         for number in range(50):
             done(metrics, endpoint=("default", f"m{number}"))
             metrics.rate_limited("default", f"m{number}", "rpm")
-        metrics.retain([("default", "m7")])
+        metrics.retain([("default", "m7")], ())
         text = metrics.text()
         assert b'"m7"' in text
         assert b'"m8"' not in text
+
+
+def test_deleted_tokens_do_not_pile_up_and_no_sum_falls():
+    metrics = GatewayMetrics(per_token=True)
+    for number in range(50):
+        done(metrics, user=f"user-{number}")
+        metrics.rate_limited("default", "qwen-7b", "rpm", f"user-{number}")
+    before = read(metrics)
+    metrics.retain([("default", "qwen-7b")], {("default", "user-7"): None, ("other", "user-8"): None})
+    after = read(metrics)
+    about = {"namespace": "default", "model": "qwen-7b"}
+    for user, count in (("user-7", 1), ("", 49)):
+        labels = {**about, "user": user}
+        assert value(after, "gateway_requests_total", status="200", **labels) == count
+        assert value(after, "gateway_request_duration_seconds_count", **labels) == count
+        assert value(after, "gateway_rate_limit_hits_total", rule_type="rpm", **labels) == count
+    assert "user-8" not in metrics.text().decode()
+    for name in ("arks_streamed_requests_total", "arks_cached_prompt_tokens_total"):
+        assert value(after, name, **about) == value(before, name, **about)
 
 
 def test_names_with_quotes_and_line_ends_stay_one_label():
