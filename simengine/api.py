@@ -8,7 +8,7 @@ import msgspec
 
 from simengine import metrics
 from simengine.answers import pooling
-from simengine.answers.chat import ChatAnswer
+from simengine.answers.chat_forms import chat_answer
 from simengine.answers.completions import CompletionAnswer
 from simengine.answers.messages import MessagesAnswer
 from simengine.answers.plan import Answer, Plan
@@ -48,7 +48,7 @@ class Api:
         self._engine = engine
         self._loop = asyncio.get_running_loop()
         self._posts: dict[bytes, _Post] = {
-            b"/v1/chat/completions": self._generating(ChatBody, ChatAnswer),
+            b"/v1/chat/completions": self._generating(ChatBody, chat_answer),
             b"/v1/completions": self._generating(CompletionBody, CompletionAnswer),
             b"/v1/responses": self._generating(ResponsesBody, ResponsesAnswer),
             b"/v1/messages": self._generating(MessagesBody, MessagesAnswer),

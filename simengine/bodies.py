@@ -53,11 +53,23 @@ class Generation(msgspec.Struct):
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
+    def called_tool(self) -> str:
+        """The tool that the request insists on; empty where it leaves that to the model, which then calls none."""
+        return ""
+
+    def logprobs_asked(self) -> int | None:
+        """How many candidates per token; None: no log probabilities at all."""
+        return None
+
 
 class ChatBody(Generation, kw_only=True):
     messages: list[Message]
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
 
     def prompt(self) -> tuple[bytes, int]:
         if len(self.messages) == 1 and isinstance(self.messages[0].content, str):
@@ -66,6 +78,14 @@ class ChatBody(Generation, kw_only=True):
 
     def output_tokens(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def called_tool(self) -> str:
+        if isinstance(self.tool_choice, dict):
+            return _name(self.tool_choice.get("function"))
+        return _name(self.tools[0].get("function")) if self.tool_choice == "required" and self.tools else ""
+
+    def logprobs_asked(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class CompletionBody(Generation, kw_only=True):
@@ -112,6 +132,8 @@ class MessagesBody(Generation, kw_only=True):
     max_tokens: int
     system: Content = None
     stop_sequences: list[str] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: dict[str, Any] | None = None
 
     def prompt(self) -> tuple[bytes, int]:
         return _join([self.system, *(message.content for message in self.messages)])
@@ -121,6 +143,12 @@ class MessagesBody(Generation, kw_only=True):
 
     def stops(self) -> list[str]:
         return self.stop_sequences or []
+
+    def called_tool(self) -> str:
+        choice = self.tool_choice or {}
+        if choice.get("type") == "any" and self.tools:
+            return _name(self.tools[0])
+        return _name(choice) if choice.get("type") == "tool" else ""
 
 
 class CountTokensBody(msgspec.Struct):
@@ -166,6 +194,10 @@ def inputs(given: Inputs) -> list[bytes]:
 
 def _token_bytes(tokens: Tokens) -> bytes:
     return b"".join([(token & 0xFFFFFFFF).to_bytes(4, "big") for token in tokens])
+
+
+def _name(tool: Any) -> str:
+    return str(tool.get("name", "")) if isinstance(tool, dict) else ""
 
 
 def _join(contents: list[Content]) -> tuple[bytes, int]:

@@ -21,9 +21,8 @@ class ApiError(Exception):
     def body(self, flavor: Flavor, anthropic: bool = False) -> bytes:
         """The JSON error body: vLLM wraps it in `error`, SGLang does not, `/v1/messages` has Anthropic's form."""
         if anthropic:
-            kinds = {400: "invalid_request_error", 404: "not_found_error", 503: "overloaded_error"}
-            kind = kinds.get(self.status, "api_error")
-            return msgspec.json.encode({"type": "error", "error": {"type": kind, "message": self.message}})
+            # Its form alone: vLLM keeps its own words for the type.
+            return msgspec.json.encode({"type": "error", "error": {"type": self.kind, "message": self.message}})
         fields = {"message": self.message, "type": self.kind, "param": self.param, "code": self.status}
         if flavor == "sglang":
             return msgspec.json.encode({"object": "error", **fields})

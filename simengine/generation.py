@@ -97,6 +97,8 @@ def generate(
             plan.usage = "continuous"
     limited = body.output_tokens() is not None
     stops = body.stops()
+    plan.tool = quoted(body.called_tool())
+    plan.top_logprobs = body.logprobs_asked()
     for each in prompts:
         for index in range(_copies(engine, body)):
             start = engine.vocabulary.start(each, body.seed, index)

@@ -4,7 +4,7 @@ vLLM: role chunk, one chunk per token, `finish_reason` on the last token's chunk
 `choices` where it was asked for, then [DONE]. SGLang: `finish_reason` in a chunk of its own, ids without a prefix.
 """
 
-from simengine.answers.plan import Plan
+from simengine.answers.plan import Choice, Plan
 
 DONE = b"data: [DONE]\n\n"
 
@@ -48,19 +48,11 @@ class ChatAnswer:
     def whole(self) -> bytes:
         plan = self._plan
         choices = []
+        ending = b'"matched_stop":%b}' if self._sglang else b'"stop_reason":%b,"token_ids":null}'
+        form = b'{"index":%d,"message":{"role":"assistant",%b},"logprobs":%b,"finish_reason":"%b",' + ending
         for index, choice in enumerate(plan.choices):
-            if self._sglang:
-                form = (
-                    b'{"index":%d,"message":{"role":"assistant","content":"%b","reasoning_content":null,'
-                    b'"tool_calls":null},"logprobs":null,"finish_reason":"%b","matched_stop":%b}'
-                )
-            else:
-                form = (
-                    b'{"index":%d,"message":{"role":"assistant","content":"%b","refusal":null,"annotations":null,'
-                    b'"audio":null,"function_call":null,"tool_calls":[],"reasoning":null},"logprobs":null,'
-                    b'"finish_reason":"%b","stop_reason":%b,"token_ids":null}'
-                )
-            choices.append(form % (index, b"".join(choice.pieces), choice.finish_reason, choice.stop_reason))
+            message, logprobs = self.message(index), self.logprobs(index, 0, len(choice.pieces))
+            choices.append(form % (index, message, logprobs, self.finish_reason(choice), choice.stop_reason))
         usage = b"" if plan.no_usage else b',"usage":' + plan.usage_json(plan.completion_tokens, whole=True)
         if self._sglang:
             tail = usage + b',"metadata":{"weight_version":"default"}}'
@@ -76,6 +68,23 @@ class ChatAnswer:
             b",".join(choices),
             tail,
         )
+
+    def message(self, index: int) -> bytes:
+        """A whole answer's message, behind its role."""
+        text = b"".join(self._plan.choices[index].pieces)
+        if self._sglang:
+            return b'"content":"%b","reasoning_content":null,"tool_calls":null' % text
+        return (
+            b'"content":"%b","refusal":null,"annotations":null,"audio":null,"function_call":null,"tool_calls":[],'
+            b'"reasoning":null' % text
+        )
+
+    def logprobs(self, index: int, first: int, last: int) -> bytes:
+        """Log probabilities of the token positions first ≤ k < last of a choice, in JSON."""
+        return b"null"
+
+    def finish_reason(self, choice: Choice) -> bytes:
+        return choice.finish_reason
 
     def opening(self) -> list[bytes]:
         # Continuous usage: vLLM's role chunk has it (completion 0), SGLang's has none.
@@ -111,7 +120,7 @@ class ChatAnswer:
             for index, choice in enumerate(plan.choices):
                 events.append(
                     b'%b%d,"delta":{"role":null,"content":null},"logprobs":null,"finish_reason":"%b","matched_stop":%b}]'
-                    % (self._before, index, choice.finish_reason, choice.stop_reason)
+                    % (self._before, index, self.finish_reason(choice), choice.stop_reason)
                     + self._finish_usage(index)
                     + b"\n\n"
                 )

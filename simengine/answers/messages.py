@@ -5,6 +5,7 @@ excludes what was read from or written to the cache). SGLang: split at the start
 """
 
 from simengine.answers.plan import Plan
+from simengine.vocabulary import quoted
 
 
 class MessagesAnswer:
@@ -18,28 +19,36 @@ class MessagesAnswer:
 
     def whole(self) -> bytes:
         choice = self._plan.choices[0]
+        text = b"".join(choice.pieces)
         return self._message(
-            b'{"type":"text","text":"%b"}' % b"".join(choice.pieces),
+            self._tool(b'{"text":"%b"}' % text) if self._plan.tool else b'{"type":"text","text":"%b"}' % text,
             b'"%b"' % self._stop_reason,
             self._usage(len(choice.pieces), split=True),
         )
 
     def opening(self) -> list[bytes]:
         start = self._message(b"", b"null", self._usage(0, split=self._sglang))
+        block = self._tool(b"{}") if self._plan.tool else b'{"type":"text","text":""}'
         return [
             b'event: message_start\ndata: {"type":"message_start","message":%b}\n\n' % start,
-            (
-                b'event: content_block_start\ndata: {"type":"content_block_start","index":0,'
-                b'"content_block":{"type":"text","text":""}}\n\n'
-            ),
+            b'event: content_block_start\ndata: {"type":"content_block_start","index":0,"content_block":%b}\n\n'
+            % block,
         ]
 
     def tokens(self, first: int, last: int) -> list[bytes]:
-        return [
+        pieces = self._plan.choices[0].pieces
+        form = (
             b'event: content_block_delta\ndata: {"type":"content_block_delta","index":0,'
-            b'"delta":{"type":"text_delta","text":"%b"}}\n\n' % piece
-            for piece in self._plan.choices[0].pieces[first:last]
-        ]
+            b'"delta":{"type":"%b","%b":"%b"}}\n\n'
+        )
+        if not self._plan.tool:
+            return [form % (b"text_delta", b"text", piece) for piece in pieces[first:last]]
+        parts = [quoted(piece.decode()) for piece in pieces[first:last]]
+        if first == 0:
+            parts[0] = quoted('{"text":"') + parts[0]
+        if last == len(pieces):
+            parts[-1] += quoted('"}')
+        return [form % (b"input_json_delta", b"partial_json", part) for part in parts]
 
     def closing(self) -> list[bytes]:
         produced = len(self._plan.choices[0].pieces)
@@ -58,7 +67,14 @@ class MessagesAnswer:
         choice = self._plan.choices[0]
         if choice.finish_reason == b"length":
             return b"max_tokens"
+        if self._plan.tool:
+            return b"tool_use"
         return b"end_turn" if choice.stop_reason == b"null" else b"stop_sequence"
+
+    def _tool(self, arguments: bytes) -> bytes:
+        plan = self._plan
+        block = b'{"type":"tool_use","id":"chatcmpl-tool-%b","name":"%b","input":%b}'
+        return block % (plan.request_id, plan.tool, arguments)
 
     def _usage(self, output_tokens: int, split: bool) -> bytes:
         plan = self._plan

@@ -38,6 +38,10 @@ class Plan:
     block_size_tokens: int = 16
     no_usage: bool = False
     """a fault: not even where it always is"""
+    tool: bytes = b""
+    """JSON-escaped name of the tool that every choice calls, its text being the one argument; empty: none"""
+    top_logprobs: int | None = None
+    """candidates to tell for each token; None: no log probabilities"""
 
     @property
     def completion_tokens(self) -> int:

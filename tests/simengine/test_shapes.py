@@ -186,7 +186,65 @@ async def test_messages_split_the_input_at_the_end_only():
         assert events[-1].startswith(b"event: message_stop")
         error = await engine.json("/v1/messages", {**body, "model": "other"}, status=404)
         assert error["type"] == "error"
-        assert error["error"]["type"] == "not_found_error"
+        assert error["error"]["type"] == "NotFoundError", "vLLM's word in Anthropic's form"
+
+
+TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "look"}}])
+async def test_a_tool_that_is_insisted_on_is_called(choice):
+    async with serving() as engine:
+        asked = chat(tools=TOOLS, tool_choice=choice, stream_options=USAGE)
+        answer = await engine.json(CHAT, asked)
+        called = answer["choices"][0]["message"]["tool_calls"][0]
+        assert called["function"]["name"] == "look"
+        assert len(json.loads(called["function"]["arguments"])["text"].split()) == 16
+        assert answer["choices"][0]["message"]["content"] is None
+        assert answer["choices"][0]["finish_reason"] == "tool_calls"
+        assert answer["usage"]["completion_tokens"] == 16
+        chunks = [payload(event) for event in (await engine.stream(CHAT, asked))[:-1]]
+        deltas = [chunk["choices"][0]["delta"] for chunk in chunks if chunk["choices"]]
+        calls = [delta["tool_calls"][0] for delta in deltas if "tool_calls" in delta]
+        assert [call["function"].get("name") for call in calls] == ["look"] + [None] * 16
+        said = "".join(call["function"].get("arguments", "") for call in calls)
+        assert said == called["function"]["arguments"]
+        assert deltas[-1] == {}
+        assert chunks[-2]["choices"][0]["finish_reason"] == "tool_calls"
+        assert chunks[-1]["usage"]["completion_tokens"] == 16
+
+
+async def test_a_tool_that_may_be_called_is_not():
+    async with serving() as engine:
+        answer = await engine.json(CHAT, chat(tools=TOOLS, tool_choice="auto"))
+        assert answer["choices"][0]["message"]["tool_calls"] == []
+        assert answer["choices"][0]["message"]["content"]
+
+
+async def test_a_tool_called_in_messages():
+    async with serving(awkward_text=True) as engine:
+        tools = [{"name": "look", "input_schema": {"type": "object"}}]
+        body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 40, "tools": tools}
+        for choice in ({"type": "any"}, {"type": "tool", "name": "look"}):
+            answer = await engine.json("/v1/messages", {**body, "tool_choice": choice})
+            block = answer["content"][0]
+            assert (block["type"], block["name"]) == ("tool_use", "look")
+            events = [payload(event) for event in await engine.stream("/v1/messages", {**body, "tool_choice": choice})]
+            parts = [event["delta"]["partial_json"] for event in events if event["type"] == "content_block_delta"]
+            assert len(parts) == 40
+            assert json.loads("".join(parts)) == block["input"]
+
+
+async def test_log_probabilities_of_every_token():
+    async with serving() as engine:
+        asked = chat(max_tokens=3, logprobs=True, top_logprobs=2)
+        choice = (await engine.json(CHAT, asked))["choices"][0]
+        told = choice["logprobs"]["content"]
+        assert "".join(each["token"] for each in told) == choice["message"]["content"]
+        assert [len(each["top_logprobs"]) for each in told] == [2, 2, 2]
+        chunks = [payload(event)["choices"][0] for event in (await engine.stream(CHAT, asked))[1:-1]]
+        assert [chunk["logprobs"]["content"] for chunk in chunks] == [[each] for each in told]
+        assert chunks[-1]["finish_reason"] == "length"
 
 
 async def test_counting_tokens_costs_none_and_agrees_with_the_message():
