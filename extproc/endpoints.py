@@ -27,8 +27,11 @@ _METERED: Final[dict[bytes, Metered]] = {
     b"/v1/messages": Metered("messages"),
     b"/v1/messages/count_tokens": Metered("count_tokens"),
     b"/v1/rerank": Metered("rerank"),
-    b"/v2/rerank": Metered("rerank"),
     b"/v1/score": Metered("score"),
+    # The same under the names by which Cohere's SDK and vLLM's own clients ask for them.
+    b"/v2/rerank": Metered("rerank"),
+    b"/rerank": Metered("rerank"),
+    b"/score": Metered("score"),
 }
 _MODELS: Final = b"/v1/models"
 
