@@ -53,6 +53,18 @@ async def test_the_streaming_helper_puts_the_message_together(gateway, anthropic
     assert await booked(gateway, stream.request_id) == told(message.usage)
 
 
+async def test_a_tool_is_used(gateway, anthropic):
+    tools = [{"name": "look", "input_schema": {"type": "object", "properties": {}}}]
+    asked = {**ASKED, "tools": tools, "tool_choice": {"type": "any"}}
+    message = await anthropic.messages.create(**asked)
+    assert message.content[0].name == "look"
+    assert await booked(gateway, message._request_id) == told(message.usage)
+    async with anthropic.messages.stream(**asked) as stream:
+        streamed = await stream.get_final_message()
+    assert streamed.content[0].input == message.content[0].input
+    assert await booked(gateway, stream.request_id) == told(streamed.usage)
+
+
 async def test_counting_tokens_is_a_request_that_uses_none(gateway, anthropic):
     counted = await anthropic.messages.count_tokens(model=MODEL, messages=MESSAGES)
     message = await anthropic.messages.create(**ASKED)

@@ -1,6 +1,7 @@
 """OpenAI's SDK gets what it asks for, and the ledger has what it was told, to the token."""
 
 import asyncio
+import json
 
 import openai as sdk
 import pytest
@@ -57,6 +58,34 @@ async def test_the_streaming_helper_puts_the_answer_together(gateway, openai):
         whole = await stream.get_final_completion()
     assert {"chunk", "content.delta", "content.done"} <= kinds
     assert len(whole.choices[0].message.content.split()) == 16
+
+
+TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}]
+
+
+async def test_a_tool_call(gateway, openai):
+    asked = {"model": MODEL, "messages": MESSAGES, "tools": TOOLS, "tool_choice": "required"}
+    answer = await openai.chat.completions.create(**asked)
+    call = answer.choices[0].message.tool_calls[0]
+    assert call.function.name == "look"
+    assert json.loads(call.function.arguments)
+    assert await booked(gateway, answer._request_id) == told(answer.usage)
+    async with openai.chat.completions.stream(**asked) as stream:
+        whole = await stream.get_final_completion()
+    assert whole.choices[0].message.tool_calls[0].function.arguments == call.function.arguments
+    assert whole.choices[0].finish_reason == "tool_calls"
+
+
+async def test_log_probabilities(gateway, openai):
+    asked = {"model": MODEL, "messages": MESSAGES, "max_tokens": 4, "logprobs": True, "top_logprobs": 2}
+    answer = await openai.chat.completions.create(**asked)
+    tokens = [each.token for each in answer.choices[0].logprobs.content]
+    assert "".join(tokens) == answer.choices[0].message.content
+    stream = await openai.chat.completions.create(**asked, stream=True)
+    choices = [choice async for chunk in stream for choice in chunk.choices]
+    streamed = [each.token for choice in choices if choice.logprobs for each in choice.logprobs.content]
+    assert streamed == tokens
+    assert (await booked(gateway, stream.response.headers["x-request-id"]))[1] == 4
 
 
 async def test_completions_of_several_prompts(gateway, openai):
