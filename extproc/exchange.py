@@ -237,10 +237,9 @@ class Exchange:
         deps.picker.begin(engine)
         deps.open += 1
         token, endpoint, changed = principal.token, admitted.endpoint, admitted.body
-        who = (token.namespace, token.name, endpoint.model, endpoint.name, engines)
-        if changed is None:
-            return deps.replies.admitted(who)
-        return deps.replies.changed(who, changed, resize=_LENGTH.find(*head)[0] is not None)
+        who = (token.namespace, token.name, endpoint.model, endpoint.name)
+        resize = changed is not None and _LENGTH.find(*head)[0] is not None
+        return deps.replies.admitted(who, engines, changed, resize=resize)
 
     def _lease_context(self) -> bytes:
         """What the ledger is told if nobody settles the lease: asked for by the journal, from its own thread."""

@@ -262,10 +262,14 @@ def encode_varint(value: int) -> bytes:
 
 def field(number: int, content: bytes) -> bytes:
     """A length-delimited field."""
-    size = len(content)
+    return _opening(number, len(content)) + content
+
+
+def _opening(number: int, size: int) -> bytes:
+    """What a length-delimited field of this size begins with."""
     if number < 16 and size < 0x80:
-        return bytes((number << 3 | _LEN, size)) + content
-    return encode_varint(number << 3 | _LEN) + encode_varint(size) + content
+        return bytes((number << 3 | _LEN, size))
+    return encode_varint(number << 3 | _LEN) + encode_varint(size)
 
 
 _OVERWRITE: Final = b"\x18\x02"  # append_action OVERWRITE_IF_EXISTS_OR_ADD: a client's own copy never survives
@@ -308,8 +312,26 @@ _CLEAR_ROUTE_CACHE: Final = b"\x28\x01"
 
 def request_body_reply(mutation: bytes, dynamic_metadata: bytes, body: bytes | None) -> bytes:
     """Continue with these header mutations, routed anew; `body` replaces the request's where it is not None."""
-    common = field(2, mutation) + (b"" if body is None else field(3, field(1, body))) + _CLEAR_ROUTE_CACHE
-    return field(3, field(1, common)) + field(8, dynamic_metadata)
+    if body is None:
+        before, _, behind = _request_body_frame(len(mutation), -1, len(dynamic_metadata))
+        return before + mutation + behind + dynamic_metadata
+    # Joined at once: a body may have megabytes.
+    before, before_body, behind_body = _request_body_frame(len(mutation), len(body), len(dynamic_metadata))
+    return b"".join((before, mutation, before_body, body, behind_body, dynamic_metadata))
+
+
+@functools.lru_cache(maxsize=4096)
+def _request_body_frame(mutation_size: int, body_size: int, metadata_size: int) -> tuple[bytes, bytes, bytes]:
+    """What stands before the mutation, between it and the body, and between that and the metadata."""
+    mutation = _opening(2, mutation_size)
+    body = b""
+    if body_size >= 0:
+        inner = _opening(1, body_size)
+        body = _opening(3, len(inner) + body_size) + inner
+    common_size = len(mutation) + mutation_size + len(body) + max(0, body_size) + len(_CLEAR_ROUTE_CACHE)
+    common = _opening(1, common_size)
+    before = _opening(3, len(common) + common_size) + common + mutation
+    return before, body, _CLEAR_ROUTE_CACHE + _opening(8, metadata_size)
 
 
 @functools.lru_cache(maxsize=4096)

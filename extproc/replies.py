@@ -1,4 +1,4 @@
-"""Replies to Envoy whose bytes repeat: written once per grant and engine, or once per number of digits.
+"""Replies to Envoy whose bytes repeat: written once per grant, per pick of engines, or per number of digits.
 
 A request's reply depends on who asks and which engine was picked, and on nothing else unless its body is changed; the
 standing of its limits differs in a few digits only. Building these from scratch cost more than the decision itself.
@@ -39,8 +39,8 @@ _STRIPPED: Final = b"".join(
         *_UNSET,
     )
 )
-Who: TypeAlias = tuple[str, str, str, str, tuple[str, ...]]
-"""namespace, token's name, model, endpoint, and the picked engines in order"""
+Who: TypeAlias = tuple[str, str, str, str]
+"""namespace, token's name, model, endpoint"""
 _MOST: Final = 50_000
 """entries of a cache before it is begun anew: grants and engines come and go"""
 
@@ -48,45 +48,34 @@ _MOST: Final = 50_000
 class Replies:
     """The caches. One per process."""
 
-    __slots__ = ("_served", "_standings", "_whole")
+    __slots__ = ("_decisions", "_pins", "_served", "_standings")
 
     def __init__(self) -> None:
-        self._whole: dict[Who, bytes] = {}
+        self._decisions: dict[Who, tuple[bytes, bytes]] = {}
+        self._pins: dict[tuple[str, ...], tuple[bytes, bytes]] = {}
+        """of both: header mutations and dynamic metadata"""
         self._served: dict[str, bytes] = {}
         self._standings: dict[tuple[str, int, int, int], tuple[bytes, bytes, bytes]] = {}
 
-    def admitted(self, who: Who) -> bytes:
-        """Go on with the body as it is."""
-        found = self._whole.get(who)
-        if found is None:
-            if len(self._whole) > _MOST:
-                self._whole.clear()
-            found = self._whole[who] = self.changed(who, None, resize=False)
-        return found
+    def admitted(self, who: Who, engines: tuple[str, ...], body: bytes | None, *, resize: bool) -> bytes:
+        """Go on to one of these engines, in this order, with `body` where it is not None.
 
-    def changed(self, who: Who, body: bytes | None, *, resize: bool) -> bytes:
-        """The same with another body; `resize` where the request has a content-length.
-
-        `model`, `namespace` and `username` are the headers that Arks' routes match on: `model` there is the endpoint.
+        `resize` where the request has a content-length: Envoy refuses a changed body that has not the size it says.
         """
-        namespace, token, model, endpoint, engines = who
-        pin = ",".join(engines)
-        headers = {PIN_HEADER: pin, **dict(zip(DECIDED_HEADERS, (endpoint, namespace, token), strict=True))}
+        decision = self._decisions.get(who)
+        if decision is None:
+            if len(self._decisions) > _MOST:
+                self._decisions.clear()
+            decision = self._decisions[who] = _decision(*who)
+        pin = self._pins.get(engines)
+        if pin is None:
+            if len(self._pins) > _MOST:
+                self._pins.clear()
+            pin = self._pins[engines] = _pin(engines)
+        mutation = pin[0] + decision[0]
         if body is not None and resize:
-            # Envoy refuses a changed body whose content-length does not say its new size.
-            headers["content-length"] = str(len(body))
-        mutation = b"".join(messages.set_header(name, value.encode()) for name, value in headers.items()) + _STRIPPED
-        decision = {
-            "token": token,
-            "namespace": namespace,
-            "model": model,
-            "endpoint": endpoint,
-            "decision": "admitted",
-        }
-        metadata = messages.metadata("envoy.lb", messages.string_struct({PIN_HEADER: pin})) + messages.metadata(
-            "arks", messages.string_struct(decision)
-        )
-        return messages.request_body_reply(mutation, metadata, body)
+            mutation += messages.set_header("content-length", b"%d" % len(body))
+        return messages.request_body_reply(mutation, pin[1] + decision[1], body)
 
     def served_by(self, engine: str) -> bytes:
         """How Envoy's attribute says that this engine answered."""
@@ -117,6 +106,20 @@ class Replies:
             pieces = self._standings[key] = _pieces(family, limit, len(left), len(reset))
         before, between, after = pieces
         return before + left + between + reset + after
+
+
+def _decision(namespace: str, token: str, model: str, endpoint: str) -> tuple[bytes, bytes]:
+    """`model`, `namespace` and `username` are the headers that Arks' routes match on: `model` there is the endpoint."""
+    values = zip(DECIDED_HEADERS, (endpoint, namespace, token), strict=True)
+    headers = b"".join(messages.set_header(name, value.encode()) for name, value in values)
+    told = {"token": token, "namespace": namespace, "model": model, "endpoint": endpoint, "decision": "admitted"}
+    return headers + _STRIPPED, messages.metadata("arks", messages.string_struct(told))
+
+
+def _pin(engines: tuple[str, ...]) -> tuple[bytes, bytes]:
+    pin = ",".join(engines)
+    metadata = messages.metadata("envoy.lb", messages.string_struct({PIN_HEADER: pin}))
+    return messages.set_header(PIN_HEADER, pin.encode()), metadata
 
 
 def _pieces(family: str, limit: int, left_digits: int, reset_digits: int) -> tuple[bytes, bytes, bytes]:
