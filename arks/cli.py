@@ -25,6 +25,7 @@ ADMIN = "127.0.0.1:9110"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    _open_standard_streams()
     # grpcio's core writes lines of its own past every logger, one for each connection that is not TLS on a TLS port.
     # What concerns us comes as an error or a status, too. It reads this when it is imported, so nothing may do so here.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
@@ -43,6 +44,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return up.KILLED
+
+
+def _open_standard_streams() -> None:
+    """Where we were started without one (`2>&-`), the next file opened would take its place, and be written into."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", closefd=False)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -14,7 +14,7 @@ import sys
 from collections import deque
 from collections.abc import Sequence
 
-from extproc.observe.logs import scrub
+from extproc.observe.logs import forget_stderr, scrub
 
 LAST_LINES = 12
 LINE_LIMIT = 400
@@ -129,7 +129,8 @@ async def _pass_on(reader: asyncio.StreamReader) -> None:
 
 
 def _write(data: bytes) -> None:
-    # A closed stderr is no reason to stop serving.
-    with contextlib.suppress(OSError, ValueError):
+    try:
         sys.stderr.buffer.write(data)
         sys.stderr.buffer.flush()
+    except OSError:  # its reader went, which is no reason to stop serving
+        forget_stderr()

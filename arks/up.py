@@ -37,7 +37,7 @@ from arks.policyfiles import default_models
 from arks.process import Child
 from arks.supervision import Part, ending, quoted
 from arks.welcome import welcome
-from extproc.observe.logs import LogFormat
+from extproc.observe.logs import Lasting, LogFormat
 from extproc.settings import OnJournalFailure, TransportName
 
 log = structlog.get_logger()
@@ -95,7 +95,9 @@ class _Gateway:
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        # A terminal that is closed says SIGHUP; nohup has it ignored.
+        hang_up = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL else set()
+        for number in (signal.SIGINT, signal.SIGTERM, *hang_up):
             loop.add_signal_handler(number, self._signals.put_nowait, number)
         with contextlib.ExitStack() as stack:
             self._prepare(stack)
@@ -154,7 +156,7 @@ class _Gateway:
         print(json.dumps({"event": "ready", "gateway": gateway, "admin": admin}), flush=True)
         told = ", ".join(engine.url for engine in settings.engines) or f"{SIMULATED_ENGINES} simulated ones"
         known = settings.policy is None
-        print(welcome(gateway, admin, self._policy, told, show_secret=known), file=sys.stderr, flush=True)
+        print(welcome(gateway, admin, self._policy, told, show_secret=known), file=Lasting(sys.stderr), flush=True)
         keepers = [asyncio.create_task(part.keep(), name=part.name) for part in self._parts]
         try:
             await asyncio.gather(*keepers)

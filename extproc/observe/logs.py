@@ -5,11 +5,13 @@ library's message or a foreign mapping: fields with telling names lose their val
 A token's *resource name* is logged as `token_name`.
 """
 
+import contextlib
 import logging
+import os
 import re
 import sys
 from collections.abc import Mapping, MutableMapping
-from typing import Any, Literal, TextIO, TypeAlias
+from typing import Any, Literal, TextIO, TypeAlias, cast
 
 import structlog
 
@@ -41,9 +43,40 @@ _SECRET_FIELDS = frozenset(
 _SECRET_TEXT = re.compile(r"(?i)\b(bearer\s+|x-api-key['\"]?\s*[:=]\s*['\"]?|sk-)[^\s'\",;}]+")
 
 
+class Lasting:
+    """stderr, whose reader may go away (`... 2>&1 | tee log`): what is written then is lost, and nothing ends."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            forget_stderr()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            forget_stderr()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+
+def forget_stderr() -> None:
+    """From now on it goes nowhere: what is still buffered must not fail again at the interpreter's end."""
+    with contextlib.suppress(OSError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 2)
+        os.close(nowhere)
+
+
 def configure_logging(level: str = "info", log_format: LogFormat = "auto", stream: TextIO | None = None) -> None:
     """Send structlog's and the standard library's events to `stream` (stderr). Call once, at the process's start."""
-    out = stream or sys.stderr
+    out = stream or cast("TextIO", Lasting(sys.stderr))
     console = log_format == "console" or (log_format == "auto" and out.isatty())
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,

@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 class Running:
     """One `arks up`: what it printed, and how it ended."""
 
-    def __init__(self, state, *flags, env=None, driver=DRIVER):
+    def __init__(self, state, *flags, env=None, driver=DRIVER, stderr=subprocess.PIPE):
         self.state = state
         command = [sys.executable, str(driver), "--state", str(state), "--listen", "127.0.0.1:0"]
         command += ["--admin", "127.0.0.1:0", *flags]
@@ -43,7 +43,7 @@ class Running:
         self.process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=stderr,
             env={**clean, "PYTHONPATH": str(ROOT), **(env or {})},
         )
         self._errors = []
@@ -52,7 +52,7 @@ class Running:
         self.ready = None
 
     def _read(self):
-        for line in self.process.stderr:
+        for line in self.process.stderr or ():
             self._errors.append(line)
 
     @property
@@ -106,7 +106,8 @@ class Running:
                 self.process.kill()
         self.process.stdout.close()
         self._reader.join(5)
-        self.process.stderr.close()
+        if self.process.stderr is not None:
+            self.process.stderr.close()
 
 
 def eventually(holds, timeout_s=20, pause_s=0.05):
@@ -128,9 +129,9 @@ def policy(tmp_path_factory):
 def start(tmp_path, policy):
     started = []
 
-    def starter(*flags, env=None, state=tmp_path / "s", driver=DRIVER, policy=policy):
+    def starter(*flags, state=tmp_path / "s", policy=policy, **more):
         given = ("--policy", str(policy)) if policy else ()
-        running = Running(state, *given, *flags, env=env, driver=driver)
+        running = Running(state, *given, *flags, **more)
         started.append(running)
         return running
 

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.up.conftest import SECRET, Running, eventually
+from tests.up.conftest import DRIVER, ROOT, SECRET, Running, eventually
 
 CHAT = {"model": "qwen-7b", "messages": [{"role": "user", "content": "Hello!"}]}
 
@@ -76,6 +77,39 @@ def test_ctrl_c_finishes_an_open_stream_and_leaves_nothing_behind(start):
     assert running.finish() == 0
     assert "standin: settled" in running.stderr
     assert not [pid for pid in children.values() if Path(f"/proc/{pid}").exists()]
+
+
+def test_a_terminal_that_closes_finishes_an_open_stream_though_nobody_reads_the_log(start):
+    read_end, write_end = os.pipe()
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup ours is ignored, and children inherit it
+    try:
+        running = start(stderr=write_end).wait_ready()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+        os.close(write_end)
+    os.close(read_end)
+    gateway = running.ready["gateway"]
+    assert [status(gateway, CHAT) for _ in range(3)] == [200] * 3
+    with post(gateway, {**CHAT, "stream": True, "max_tokens": 100}) as answer:
+        first = answer.readline()
+        running.process.send_signal(signal.SIGHUP)
+        assert answer.read().rstrip().endswith(b"data: [DONE]")
+    assert first.startswith(b"data: ")
+    assert running.finish() == 0
+
+
+def test_a_closed_stderr_is_no_reason_not_to_serve(policy, tmp_path):
+    command = [sys.executable, str(DRIVER), "--state", str(tmp_path / "s"), "--listen", "127.0.0.1:0"]
+    command += ["--admin", "127.0.0.1:0", "--policy", str(policy)]
+    closed = ["sh", "-c", 'exec "$@" 2>&-', "sh", *command]
+    with subprocess.Popen(closed, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}) as process:
+        try:
+            line = process.stdout.readline()
+            assert line
+            assert status(json.loads(line)["gateway"], CHAT) == 200
+        finally:
+            process.terminate()
+        assert process.wait(30) == 0
 
 
 def test_a_second_ctrl_c_is_immediate(start):
