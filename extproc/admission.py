@@ -193,7 +193,7 @@ class Admission:
             put["stream_options"] = bodies.stream_options_with_usage(fields)
         if plan.cache_salt:
             put["cache_salt"] = plan.cache_salt
-        return bodies.edit(body, remove=plan.forbidden(fields), put=put)
+        return bodies.edit(body, fields, remove=plan.forbidden(fields), put=put)
 
 
 class _FieldPlan:

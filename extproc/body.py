@@ -128,24 +128,30 @@ def _value_end(body: bytes, at: int) -> int:
     return found.end()
 
 
-def edit(body: bytes, *, remove: frozenset[str] = frozenset(), put: Mapping[str, Any] | None = None) -> bytes:
-    """The body without the fields in `remove`, with those in `put` set: in place where they stand, else at the end."""
+def edit(
+    body: bytes, fields: Fields, *, remove: frozenset[str] = frozenset(), put: Mapping[str, Any] | None = None
+) -> bytes:
+    """The body without the fields in `remove`, with those in `put` set: in place where they stand, else at the end.
+
+    `fields` are the body's. Where none of them is touched the body is not walked, however long it is.
+    """
     missing = dict(put or {})
+    if not remove and missing.keys().isdisjoint(fields):
+        # Added at the very end, so that all the rest, blanks included, stays as it was.
+        at = body.rindex(b"}")
+        added = b",".join(_written(missing))
+        return b"".join((body[:at], b"," if fields and added else b"", added, body[at:]))
     kept = []
     for span in spans(body):
         if span.name in missing:
             kept.append(body[span.start : span.value] + msgspec.json.encode(missing.pop(span.name)))
         elif span.name not in remove:
             kept.append(body[span.start : span.end])
-    if not remove and missing and len(missing) == len(put or {}):
-        # Nothing stood there: add at the very end, so that all the rest, blanks included, stays as it was.
-        added = b",".join(
-            msgspec.json.encode(name) + b":" + msgspec.json.encode(value) for name, value in missing.items()
-        )
-        at = body.rindex(b"}")
-        return b"".join((body[:at], b"," if kept else b"", added, body[at:]))
-    kept += [msgspec.json.encode(name) + b":" + msgspec.json.encode(value) for name, value in missing.items()]
-    return b"{" + b",".join(kept) + b"}"
+    return b"{" + b",".join((*kept, *_written(missing))) + b"}"
+
+
+def _written(fields: Mapping[str, Any]) -> list[bytes]:
+    return [msgspec.json.encode(name) + b":" + msgspec.json.encode(value) for name, value in fields.items()]
 
 
 # --- the fields that decide ---------------------------------------------------------------------------------------

@@ -100,9 +100,10 @@ def test_a_refusal_never_shows_the_body():
 @given(OBJECT, STYLE)
 def test_adding_a_field_leaves_every_other_byte(value, style):
     body = json.dumps(value, **style).encode("utf-8", "surrogatepass")
-    if "stream_options" in value or isinstance(bodies.parse(body), Refused):
+    fields = bodies.parse(body)
+    if "stream_options" in value or isinstance(fields, Refused):
         return
-    edited = bodies.edit(body, put={"stream_options": {"include_usage": True}})
+    edited = bodies.edit(body, fields, put={"stream_options": {"include_usage": True}})
     assert json.loads(edited) == {**value, "stream_options": {"include_usage": True}}
     head = body[: body.rindex(b"}")]
     assert edited.startswith(head)
@@ -118,7 +119,7 @@ def test_removing_and_replacing_keep_the_other_fields_text(value, style, data):
     names = list(value)
     gone = frozenset(data.draw(st.sets(st.sampled_from(names)))) if names else frozenset()
     put = {name: "new" for name in data.draw(st.sets(st.sampled_from([*names, "added"]))) if name not in gone}
-    edited = bodies.edit(body, remove=gone, put=put)
+    edited = bodies.edit(body, fields, remove=gone, put=put)
     expected = {name: part for name, part in value.items() if name not in gone} | put
     assert json.loads(edited) == expected
     left = bodies.parse(edited)
