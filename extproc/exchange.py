@@ -182,6 +182,8 @@ class Exchange:
             else:
                 usage, accuracy = self._so_far(admitted)
                 self._settle(usage, accuracy, GATEWAY_RESTARTED, Outcome.ABANDONED)
+        # What Envoy still says until it hears of the end changes nothing.
+        self._admitted = None
         return True
 
     def on_close(self, reason: CloseReason) -> None:

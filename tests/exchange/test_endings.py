@@ -2,7 +2,7 @@
 
 import asyncio
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from extproc.access_log import CLIENT_DISCONNECTED, ENGINE_LOST, STREAM_TIMEOUT
@@ -28,9 +28,11 @@ OVERFLOW = "upstream_reset_before_response_started{overflow}"
 REFUSED = "upstream_reset_before_response_started{remote_connection_failure|delayed_connect_error:_Connection_refused}"
 TIMEOUT = "response_timeout"
 
+BEGUN = (200, "via_upstream", 1)
+PLAIN = (JSON, (whole(7, 5),))
 BODIES = st.sampled_from(
     [
-        (JSON, (whole(7, 5),)),
+        PLAIN,
         (JSON, (whole(7, 5)[:20], whole(7, 5)[20:])),
         (JSON, (b'{"error": {"message": "no", "code": 500}}',)),
         (SSE, (event("a"), event("b"), usage_event(7, 2), DONE)),
@@ -42,7 +44,7 @@ ENDS = st.sampled_from(["end", "trailers", "close", "deadline"])
 HEADS = st.sampled_from(
     [
         None,
-        (200, "via_upstream", 1),
+        BEGUN,
         (200, "via_upstream", 2),
         (404, "via_upstream", 1),
         (500, "via_upstream", 1),
@@ -57,6 +59,7 @@ HEADS = st.sampled_from(
 TOLD = st.sampled_from([None, CLIENT_DISCONNECTED, ENGINE_LOST, STREAM_TIMEOUT])
 
 
+@example(stream=False, head=BEGUN, body=PLAIN, pieces=0, end="deadline", told=None, moved=False)
 @settings(max_examples=200, deadline=None)
 @given(st.booleans(), HEADS, BODIES, st.integers(0, 4), ENDS, TOLD, st.booleans())
 def test_every_ending_settles_once_and_leaves_nothing(stream, head, body, pieces, end, told, moved):
@@ -77,6 +80,8 @@ def test_every_ending_settles_once_and_leaves_nothing(stream, head, body, pieces
                 exchange.on_message(trailers())
         if end == "deadline":
             exchange.on_deadline()
+            # What Envoy said meanwhile.
+            exchange.on_message(answers(engine, 200, content_type) if head is None else piece(chunks[-1], end=True))
         exchange.on_close(CloseReason.RESET)
         if told is not None:
             world.deps.abandoned.tell(REQUEST_ID, told)
@@ -85,6 +90,7 @@ def test_every_ending_settles_once_and_leaves_nothing(stream, head, body, pieces
 
     world = asyncio.run(run())
     assert world.held == NOTHING
+    assert len(world.deps.metrics.ended) == 1
     rows = list(world.ledger.rows.values())
     assert len({row.id for row in rows}) == 1
     tokens = sum(row.prompt_tokens + row.completion_tokens for row in rows)
