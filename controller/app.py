@@ -64,7 +64,7 @@ class Controller:
             self.publisher.on_route_weights(self._weights_changed)
             weigh = weigh or self.publisher.weigh
         self.reconciler: Reconciler | None = None
-        self.events: Events | None = None
+        self.events = Events(client.fenced(self.lease.fence), instance=settings.identity)
         self._weigh = weigh
 
     def unready(self) -> list[str]:
@@ -95,9 +95,8 @@ class Controller:
             self.reconciler.queue.add(Request("ArksQuota", *quota))
 
     async def _lead(self) -> None:
-        """While the Lease is ours. Nothing is kept from an earlier leadership."""
-        client = self.client.fenced(self.lease.fence)
-        events = Events(client, instance=self.settings.identity)
+        """While the Lease is ours. Of an earlier leadership only the Events are kept that it could not send."""
+        client, events = self.client.fenced(self.lease.fence), self.events
         context = Context(
             client=client,
             watches=self.watches,
@@ -111,7 +110,7 @@ class Controller:
             model_retry_s=self.settings.model_retry_s,
             **({"weigh": self._weigh} if self._weigh is not None else {}),
         )
-        self.events, self.reconciler = events, Reconciler(context, workers=self.settings.workers)
+        self.reconciler = Reconciler(context, workers=self.settings.workers)
         async with asyncio.TaskGroup() as group:
             group.create_task(events.run(), name="events")
             group.create_task(self.reconciler.run(), name="reconcile")

@@ -2,8 +2,8 @@
 
 `record` never waits and never fails: it queues, `run()` sends. The same thing said again about the same object within
 `window_s` is only counted; each object has a small budget, the whole program another, and the queue is bounded: a
-crash loop cannot flood the API. What cannot be sent is dropped and counted; Events are for people, state lives in
-conditions.
+crash loop cannot flood the API. An API server that is away, or a Lease that is lost and won again, is waited for; what
+cannot be sent all the same is dropped and counted: Events are for people, state lives in conditions.
 """
 
 from __future__ import annotations
@@ -19,8 +19,16 @@ from typing import Literal
 
 import structlog
 
+from controller.kube.backoff import pause_s
 from controller.kube.client import Client, Object
-from controller.kube.errors import KubeError
+from controller.kube.errors import (
+    AlreadyExistsError,
+    KubeError,
+    NotLeaderError,
+    TooManyRequestsError,
+    UnavailableError,
+    UnreachableError,
+)
 from controller.kube.metrics import EventStats
 from controller.kube.resource import EVENTS, Resource
 
@@ -30,6 +38,9 @@ PER_S, BURST = 5.0, 50.0
 WAITING_MAX = 200
 REMEMBERED_MAX = 4096
 NOTE_MAX = 1024  # the API refuses longer ones
+TRIES = 6
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 8.0
+_PASSING = (NotLeaderError, TooManyRequestsError, UnavailableError, UnreachableError)
 
 _log = structlog.get_logger(__name__)
 
@@ -50,8 +61,18 @@ class _Memory:
     said: dict[tuple[str, str], int]  # (reason, note) to how often
 
 
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    at: float
+    event: Object
+    namespace: str
+
+
 class Events:
-    """Sends Events of one component. `run()` is a task of the owner, for the leader: its client is a fenced one."""
+    """Sends Events of one component. `run()` is a task of the leader: its client is a fenced one.
+
+    What one run could not send, the next one does, unless it is older than `window_s`.
+    """
 
     def __init__(
         self,
@@ -68,7 +89,8 @@ class Events:
         self._window_s, self._per_object, self._clock = window_s, per_object, clock
         self._memory: OrderedDict[Subject, _Memory] = OrderedDict()
         self._budget, self._budget_at = BURST, clock()
-        self._waiting: asyncio.Queue[tuple[Object, str]] = asyncio.Queue(WAITING_MAX)
+        self._waiting: asyncio.Queue[_Recorded] = asyncio.Queue(WAITING_MAX)
+        self._sending: _Recorded | None = None
 
     def record(
         self, subject: Subject, reason: str, note: str, *, kind: Literal["Normal", "Warning"] = "Normal"
@@ -93,18 +115,33 @@ class Events:
             return
         self._budget -= 1
         memory.said[said] = 1
-        self._waiting.put_nowait((self._event(subject, reason, note, kind), subject.namespace or "default"))
+        event = self._event(subject, reason, note, kind)
+        self._waiting.put_nowait(_Recorded(now, event, subject.namespace or "default"))
 
     async def run(self) -> None:
         """Send what is recorded, for ever."""
         while True:
-            event, namespace = await self._waiting.get()
+            if self._sending is None:
+                self._sending = await self._waiting.get()
+            if self._clock() - self._sending.at < self._window_s:
+                await self._send(self._sending)
+            self._sending = None
+
+    async def _send(self, recorded: _Recorded) -> None:
+        for tries in range(1, TRIES + 1):
             try:
-                await self._client.create(EVENTS, event, namespace)
-                self.stats.sent += 1
+                await self._client.create(EVENTS, recorded.event, recorded.namespace)
+            except AlreadyExistsError:
+                pass  # a try whose answer was lost had arrived
             except KubeError as error:
+                if tries < TRIES and isinstance(error, _PASSING):
+                    await asyncio.sleep(pause_s(tries, FIRST_PAUSE_S, LONGEST_PAUSE_S))
+                    continue
                 self.stats.failed += 1
-                _log.warning("event not sent", reason=event["reason"], error=str(error))
+                _log.warning("event not sent", reason=recorded.event["reason"], error=str(error))
+                return
+            self.stats.sent += 1
+            return
 
     def _event(self, subject: Subject, reason: str, note: str, kind: str) -> Object:
         now = dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

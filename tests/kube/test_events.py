@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from controller.kube.errors import NotLeaderError, UnreachableError, api_error
 from controller.kube.events import BURST, Events, Subject
 from controller.kube.resource import CONFIG_MAPS
 from tests.harness.kubernetes import KubeApi
@@ -89,3 +90,47 @@ async def test_what_cannot_be_sent_is_dropped(pears: KubeApi, kube_namespace: st
     async with running(events.run):
         events.record(Subject(PEARS, "a", kube_namespace), "Ripened", "")
         await until(lambda: events.stats.failed == 1)
+
+
+class Shaky:
+    """Fails as told, then takes everything."""
+
+    def __init__(self, *errors: Exception) -> None:
+        self.errors, self.names = list(errors), []
+
+    async def create(self, resource: Any, event: Any, namespace: str) -> None:
+        self.names.append(event["metadata"]["name"])
+        if self.errors:
+            raise self.errors.pop(0)
+
+
+@pytest.mark.parametrize("error", [UnreachableError("timed out"), NotLeaderError("lost"), api_error(503, b"busy")])
+async def test_an_event_waits_for_a_server_that_is_away_and_is_sent_once(error: Exception) -> None:
+    client = Shaky(error, api_error(409, b'{"reason": "AlreadyExists"}'))
+    events = Events(client)  # type: ignore[arg-type]
+    async with running(events.run):
+        events.record(subject("a"), "Failed", "why")
+        await until(lambda: events.stats.sent == 1)
+    assert len(client.names) == 2
+    assert len(set(client.names)) == 1
+
+
+async def test_what_one_leadership_could_not_send_the_next_one_does_unless_it_is_old(clock: Clock) -> None:
+    client = Shaky(NotLeaderError("lost"))
+    events = Events(client, clock=clock)  # type: ignore[arg-type]
+
+    async def lead(name: str, calls: int) -> None:
+        async with running(events.run):
+            events.record(subject(name), "Failed", "why")
+            await until(lambda: len(client.names) == calls)
+
+    await lead("a", 1)
+    clock.now += 500
+    client.errors = []
+    await lead("b", 3)
+    client.errors = [NotLeaderError("lost")]
+    await lead("c", 4)
+    clock.now += 601
+    await lead("d", 5)
+    assert [name.partition(".")[0] for name in client.names] == ["a", "a", "b", "c", "d"]
+    assert (events.stats.sent, events.stats.failed) == (3, 0)
