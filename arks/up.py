@@ -77,7 +77,11 @@ class UpSettings:
 def run(settings: UpSettings) -> int:
     """Serve until a signal; the exit status. Raises ArksError where it cannot. Call it from the main thread."""
     _raise_file_limit()
-    return asyncio.run(_Gateway(settings).run())
+    try:
+        return asyncio.run(_Gateway(settings).run())
+    except OSError as error:  # a full disk, mostly
+        where = error.filename or settings.state
+        raise ArksError(f"{error.strerror or error}: {where}. Is there room under --state {settings.state}?") from error
 
 
 class _Gateway:
@@ -153,7 +157,10 @@ class _Gateway:
         await self._start(Part("envoy", functools.partial(self._launch_envoy, eds)))
         await self._wait_for_engine()
         gateway, admin = self._listen.url(), self._admin.url()
-        print(json.dumps({"event": "ready", "gateway": gateway, "admin": admin}), flush=True)
+        try:
+            print(json.dumps({"event": "ready", "gateway": gateway, "admin": admin}), flush=True)
+        except BrokenPipeError as error:
+            raise ArksError("the ready line was not wanted: nobody reads stdout") from error
         told = ", ".join(engine.url for engine in settings.engines) or f"{SIMULATED_ENGINES} simulated ones"
         known = settings.policy is None
         print(welcome(gateway, admin, self._policy, told, show_secret=known), file=Lasting(sys.stderr), flush=True)

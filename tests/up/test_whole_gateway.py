@@ -75,6 +75,15 @@ def test_a_missing_engine_is_the_reason(start, arks):
     assert "--engine http://127.0.0.1:1: cannot be reached" in running.stderr
 
 
+def test_a_full_disk_is_the_reason(start, arks):
+    limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))\n"
+    arks.write_text(limit + arks.read_text())
+    running = start("--engine", "http://127.0.0.1:1", driver=arks)
+    assert running.finish() == 1
+    assert f"Is there room under --state {running.state}?" in running.stderr.partition("arks: error: ")[2]
+    assert "Traceback" not in running.stderr
+
+
 def test_a_broken_policy_refuses_to_start_and_says_where(start, arks, tmp_path):
     folder = tmp_path / "policy"
     folder.mkdir()
