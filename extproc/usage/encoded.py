@@ -42,7 +42,7 @@ class DecodingTap(Findings):
             out.append(chunk)
             return b"".join(out) if self.decodes else None
         if end:
-            out.append(self._pass(b"", end=True))
+            self._pass(b"", out, end=True)
         self._show()
         return b"".join(out) if self.decodes else None
 
@@ -55,7 +55,7 @@ class DecodingTap(Findings):
             is_zlib = data[0] & 0x0F == 8 and (data[0] << 8 | data[1]) % 31 == 0
             self._decoder = zlib.decompressobj(_ZLIB if is_zlib else _RAW)
         while data:
-            out.append(self._pass(self._decoder.decompress(data, _STEP_BYTES), end=False))
+            self._pass(self._decoder.decompress(data, _STEP_BYTES), out, end=False)
             if self._decoder.eof:
                 # gzip bodies may have several members; what is no member behind the last one is padding
                 data = self._decoder.unused_data
@@ -65,9 +65,10 @@ class DecodingTap(Findings):
             else:
                 data = self._decoder.unconsumed_tail
 
-    def _pass(self, plain: bytes, *, end: bool) -> bytes:
+    def _pass(self, plain: bytes, out: list[bytes], *, end: bool) -> None:
         passed = self._inner.feed(plain, end)
-        return plain if passed is None else passed
+        if self.decodes:  # or nobody wants it: what a chunk decodes to may be a thousand times its size
+            out.append(plain if passed is None else passed)
 
     def _show(self) -> None:
         inner = self._inner

@@ -1,6 +1,7 @@
 """Answers in one JSON document: every engine's usage, whatever the cut, size and shape."""
 
 import gzip
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -171,3 +172,15 @@ def test_a_blind_tap_passes_everything():
     tap = make_tap("chat", stream=False, content_type="text/html", content_encoding="", hide_usage=True)
     assert tap.feed(b"<html>", True) is None
     assert findings(tap) == (None, "", True, False, False, 0)
+
+
+def test_a_small_piece_that_unpacks_to_a_thousand_times_its_size_is_not_held():
+    data = gzip.compress(b" " * (32 << 20))
+    tap = json_tap("chat", "gzip")
+    tracemalloc.start()
+    try:
+        assert tap.feed(data, True) is None
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 8 << 20
