@@ -309,9 +309,12 @@ def _overload(settings: GatewaySettings) -> Tree:
 
 ENVOYS_OWN_ERRORS = (
     (400, "invalid_request_error", "bad_request", "The request is not valid HTTP."),
+    (403, "invalid_request_error", "upgrade_refused", "The gateway speaks plain HTTP only: no WebSocket, no tunnel."),
     (408, "invalid_request_error", "request_timeout", "The request was not received in time."),
     (413, "invalid_request_error", "body_too_large", "The request body is larger than the gateway accepts."),
+    (426, "invalid_request_error", "http_version_too_old", "Speak HTTP/1.1 or HTTP/2."),
     (431, "invalid_request_error", "headers_too_large", "The request headers are larger than the gateway accepts."),
+    (501, "invalid_request_error", "unsupported_transfer", "Send the body plain or chunked, nothing else."),
     (502, "server_error", "engine_broken", "The engine's answer was no valid HTTP."),
     (503, "server_error", "gateway_unavailable", "The gateway cannot answer now. Try again."),
     (504, "server_error", "engine_timeout", "The engine did not answer in time."),

@@ -295,7 +295,10 @@ async def test_secrets_and_bodies_are_nowhere(gateway, session):
 
 ENVOYS_OWN = {
     400: b"GET /v1/models HTTP/1.1\r\nhost: x\r\nno header at all\r\n\r\n",
+    403: b"GET /v1/models HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n",
+    426: b"GET /v1/models HTTP/1.0\r\nhost: x\r\n\r\n",
     431: b"GET /v1/models HTTP/1.1\r\nhost: x\r\n" + b"x-filler: y\r\n" * 300 + b"\r\n",
+    501: b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: gzip, chunked\r\n\r\n",
 }
 """What Envoy answers alone. 502 is in test_streams, 503 in test_crash; 408 and 504 take minutes, or extproc's word"""
 
