@@ -19,6 +19,7 @@ from controller.reconcile.objects import uid_of
 
 REFUSED_AGAIN_S: Final = 300.0
 """a storage class that learns to grow is nothing that we see"""
+_LASTING: Final = ("storageClassName", "accessModes", "volumeMode", "selector", "volumeName", "dataSource")
 # The disk has grown and its file system will when the next pod mounts it: the next try is what it waits for.
 _NEXT_MOUNT: Final = "FileSystemResizePending"
 
@@ -42,6 +43,16 @@ def size_of(claim: Object | None) -> str:
         return asked
     pending = any(each["type"] == _NEXT_MOUNT and each["status"] == "True" for each in status.get("conditions") or ())
     return f"{asked}, of which {there} is there{', more with the next mount' if pending else ''}"
+
+
+def unlike(claim: Object, desired: Object) -> str:
+    """The first field of the desired claim that differs and can never be changed; empty where there is none."""
+    live = claim.get("spec") or {}
+    for key in _LASTING:
+        wanted, there = desired["spec"].get(key), live.get(key)
+        if wanted and there and (sorted(wanted) != sorted(there) if isinstance(wanted, list) else wanted != there):
+            return key
+    return ""
 
 
 class Growth:

@@ -14,6 +14,7 @@ from controller.engines.model import Problem
 from controller.kube.client import Object
 from controller.kube.resource import Key
 from controller.models.report import Report
+from controller.reconcile.claims import unlike
 from controller.reconcile.context import RESYNC_S, Context, about
 from controller.reconcile.desired.metadata import owned_by
 from controller.reconcile.desired.model import DesiredModel, desired_model, job_name, secret_keys
@@ -128,7 +129,12 @@ class _Model:
             found.fail("ClaimNotFound", text, storage=True)
             return found
         if claim is not None and (claim["metadata"].get("deletionTimestamp") or _lost(claim)):
-            text = f"spec.storage.pvc: the claim {claim['metadata']['name']} is lost or being deleted"
+            text = f"spec.storage.pvc: the claim {claim['metadata']['name']} has lost its volume"
+            if claim["metadata"].get("deletionTimestamp"):
+                text = (
+                    f"spec.storage.pvc: the claim {claim['metadata']['name']} is being deleted and will be made anew; "
+                    "it goes when the last pod that mounts it has ended"
+                )
             found.storage = Verdict("StorageCreated", "False", "StorageCreating", text)
             return found
         self._jobs.claim = claim
@@ -175,6 +181,14 @@ class _Model:
         if why:
             text = f"spec.storage.pvc.spec.resources.requests.storage: {why}"
             self._found.warning = Verdict("Degraded", "True", "ClaimNotEnlarged", text)
+            return
+        lasting = unlike(claim, desired)
+        if lasting:
+            text = (
+                f"spec.storage.pvc.spec.{lasting}: the claim {claim['metadata']['name']} was made with another and a "
+                "claim cannot change; name another claim in spec.storage.pvc.name, or delete this one"
+            )
+            self._found.warning = Verdict("Degraded", "True", "ClaimUnchangeable", text)
 
     def _missing_secret(self) -> Problem | None:
         watches = self._context.watches

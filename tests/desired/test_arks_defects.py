@@ -299,6 +299,14 @@ def test_defect_31_a_model_that_is_not_ready_is_never_mounted(model_status, phas
     assert verdict.conditions[1].type == "Loaded"
 
 
+def test_defect_31_a_status_of_an_older_spec_is_no_word_on_the_newest():
+    """Its weights may lie where nothing has been loaded yet."""
+    for seen, blocked in ((1, True), (2, False), (None, False)):  # Arks' operator wrote no generation
+        model = with_status(MODEL, {"phase": "Ready", "observedGeneration": seen})
+        model.metadata.generation = 2
+        assert bool(desired_application(load(APPLICATION), model, LWS_ONLY).blocked) is blocked
+
+
 def test_defect_31_what_serves_goes_on_while_a_new_model_loads():
     model = with_status(MODEL, {"phase": "ModelLoading"})
     found = desired_application(load(APPLICATION), model, LWS_ONLY)

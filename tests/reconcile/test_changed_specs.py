@@ -8,7 +8,7 @@ import asyncio
 import pytest
 
 from tests.reconcile.conftest import condition
-from tests.reconcile.resources import ENDPOINT, PAIR, SINGLE, STORED_MODEL
+from tests.reconcile.resources import ENDPOINT, MODEL, PAIR, SINGLE, STORED_MODEL
 
 ETCD = [{"name": "ETCD_ENDPOINTS", "value": "http://etcd:2379"}]
 
@@ -101,3 +101,45 @@ async def test_the_permissions_of_a_router_go_with_the_runtime_that_needed_them(
     await room.condition("ArksDisaggregatedApplication", "pd", "Precheck", "True")
     await asyncio.gather(*(room.gone(kind, "arks-router-pd") for kind in ("ServiceAccount", "Role", "RoleBinding")))
     await room.phase("ArksDisaggregatedApplication", "pd", "Running")
+
+
+@pytest.mark.parametrize("change", [{"model": "Qwen/Other"}, {"storage": {"pvc": {"name": "second"}}}], ids=str)
+async def test_a_model_that_is_changed_in_place_is_loaded_first_and_then_run(room, running, actor, change):
+    room.apply(MODEL, SINGLE)
+    await room.phase("ArksApplication", "app-qwen", "Running")
+    before = room.get("RoleBasedGroup", "app-qwen-0")["metadata"]["generation"]
+    actor.loader = "hold"
+    room.patch("ArksModel", "qwen-7b", {"spec": change})
+    await room.phase("ArksModel", "qwen-7b", "ModelLoading")
+    await running.quiet()
+    assert room.get("RoleBasedGroup", "app-qwen-0")["metadata"]["generation"] == before
+    assert room.get("ArksApplication", "app-qwen")["status"]["phase"] == "Running"
+    actor.loader = "succeed"
+    await actor.again()
+    await room.until("RoleBasedGroup", "app-qwen-0", lambda group: group["metadata"]["generation"] > before, "rolled")
+    await room.until("ArksApplication", "app-qwen", lambda app: app["status"]["updatedReplicas"] == 1)
+
+
+async def test_the_same_weights_from_a_mirror_restart_nothing(room, running, actor):
+    room.apply(MODEL, SINGLE)
+    await room.phase("ArksApplication", "app-qwen", "Running")
+    before = room.get("RoleBasedGroup", "app-qwen-0")["metadata"]["generation"]
+    mirror = {"source": {"huggingface": {"endpoint": "https://mirror.example"}}}
+    room.patch("ArksModel", "qwen-7b", {"spec": mirror})
+    await room.until(
+        "ArksModel",
+        "qwen-7b",
+        lambda item: item["status"]["observedGeneration"] == 2 and item["status"]["phase"] == "Ready",
+    )
+    await running.quiet()
+    assert room.get("RoleBasedGroup", "app-qwen-0")["metadata"]["generation"] == before
+
+
+async def test_what_a_claim_cannot_change_is_said(room, running):
+    room.apply(STORED_MODEL)
+    await room.phase("ArksModel", "qwen-7b", "Ready")
+    room.patch("ArksModel", "qwen-7b", {"spec": {"storage": {"pvc": {"spec": {"accessModes": ["ReadWriteMany"]}}}}})
+    told = await room.condition("ArksModel", "qwen-7b", "Degraded", "True", "ClaimUnchangeable")
+    assert told["message"].startswith("spec.storage.pvc.spec.accessModes: the claim qwen-7b ")
+    room.patch("ArksModel", "qwen-7b", {"spec": {"storage": {"pvc": {"spec": {"accessModes": ["ReadWriteOnce"]}}}}})
+    await room.until("ArksModel", "qwen-7b", lambda item: condition(item, "Degraded") is None, "it is as it was")

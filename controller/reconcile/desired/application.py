@@ -222,6 +222,7 @@ def _template(
             serves=serves,
             service_account=dynamo_account(app.metadata.name) if account else "",
             shared_memory=not bare,
+            annotations=weights.annotations,
         )
     )
 

@@ -215,6 +215,7 @@ class _Builder:
                 override_variable="ARKS_ROUTER_COMMAND",
                 service_account=self._account("router"),
                 shared_memory=False,
+                annotations=self._weights.annotations if self._runtime == "dynamo" else {},
             )
         )
         return RoleGroup(ROUTER_ROLE, replicas, 1, template)
@@ -237,6 +238,7 @@ class _Builder:
                     override_variable=f"ARKS_{role.upper()}_COMMAND",
                     serves=role == "leader",
                     service_account=self._account(stage),
+                    annotations=self._weights.annotations,
                 )
             )
 

@@ -24,6 +24,8 @@ from controller.workloads.model import MODEL_LABEL, TEMPLATE_HASH, Deletion, Obj
 LOADER_COMMAND = ("python3", "-m", "controller.models")
 OCI_SECRET_MOUNT = "/run/secrets/arks-oci"  # noqa: S105 - a directory
 _DOWNLOADED = ("huggingface", "modelscope", "s3", "oci")
+# What of a source decides which files there are.
+_CONTENT = ("model", "revision", "include", "exclude", "bucket", "prefix", "endpoint", "reference")
 _TOKENS = {"huggingface": "HF_TOKEN", "modelscope": "MODELSCOPE_API_TOKEN"}
 _S3_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 _S3_SESSION = "AWS_SESSION_TOKEN"  # temporary credentials have it, others do not
@@ -100,6 +102,17 @@ def load_request(model: ArksModel, storage: Storage) -> Object:
     source = plain(model.spec.source)[kind]
     told = {key: value for key, value in source.items() if not key.endswith("SecretRef") and key != "proxy"}
     return {"model": model.spec.model, "path": storage.path, "source": {"kind": kind, **told}}
+
+
+def weights_mark(model: ArksModel) -> str:
+    """Another where other files are asked for, not where they come from otherwise; empty where nothing is loaded."""
+    kind = source_kind(model)
+    if kind not in _DOWNLOADED:
+        return ""
+    source = plain(model.spec.source)[kind]
+    if kind in _TOKENS:
+        source = {**source, "model": model.spec.model, "endpoint": None}  # a hub's mirror has the same files
+    return template_hash([kind, *(source.get(key) for key in _CONTENT)])
 
 
 def _labels(model: ArksModel) -> dict[str, str]:

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from apis.resources import ArksApplication, ArksModel
 from controller.engines.model import MODELS_MOUNT, LoraAdapter, Problem
+from controller.reconcile.desired.model import weights_mark
 from controller.reconcile.desired.precheck import model_problems
 from controller.reconcile.desired.storage import MODELS_VOLUME, storage_of
-from controller.workloads.model import Object
+from controller.workloads.model import Object, template_hash
+
+WEIGHTS_ANNOTATION = "arks.ai/weights"
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Volumes and mounts of the base model and its adapters."""
+    """Volumes and mounts of the base model and its adapters. ``annotations`` mark the pods that hold these weights in
+    memory: a model that is changed in place is loaded to the same path, and they must be replaced.
+    """
 
     path: str = ""
     volumes: tuple[Object, ...] = ()
     mounts: tuple[Object, ...] = ()
     adapters: tuple[LoraAdapter, ...] = ()
     problems: tuple[Problem, ...] = ()
+    annotations: Mapping[str, str] = field(default_factory=dict)
 
 
 def mounted_model(model: ArksModel) -> Weights:
@@ -28,7 +34,7 @@ def mounted_model(model: ArksModel) -> Weights:
     if storage is None:
         return Weights(problems=(problem,) if problem else ())
     mount = {"name": MODELS_VOLUME, "mountPath": MODELS_MOUNT, "readOnly": True}
-    return Weights(storage.path, (storage.volume(),), (mount,))
+    return Weights(storage.path, (storage.volume(),), (mount,), annotations=_marked(weights_mark(model)))
 
 
 def mounted_weights(app: ArksApplication, model: ArksModel, known: Mapping[str, ArksModel]) -> Weights:
@@ -55,4 +61,12 @@ def mounted_weights(app: ArksApplication, model: ArksModel, known: Mapping[str, 
             volumes.append(storage.volume(name))
         mounts.append({"name": name, "mountPath": mount, "readOnly": True})
         adapters.append(LoraAdapter(wanted.name, storage.path))
-    return Weights(base.path, tuple(volumes), tuple(mounts), tuple(adapters), tuple(problems))
+    marks = [weights_mark(known[item.model.name]) for item in app.spec.lora_adapters if item.model.name in known]
+    annotations = base.annotations
+    if any(marks):
+        annotations = _marked(template_hash([weights_mark(model), *marks]))
+    return Weights(base.path, tuple(volumes), tuple(mounts), tuple(adapters), tuple(problems), annotations)
+
+
+def _marked(mark: str) -> dict[str, str]:
+    return {WEIGHTS_ANNOTATION: mark} if mark else {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from apis.resources.base import LocalObjectReference
 from apis.resources.instance import ArksInstanceSpec
@@ -55,6 +55,7 @@ class PodInput:
     serves: bool = True
     service_account: str = ""
     shared_memory: bool = True
+    annotations: Mapping[str, str] = field(default_factory=dict)
 
 
 def instance_dict(instance: ArksInstanceSpec | None) -> Object:
@@ -92,7 +93,7 @@ def container_ports(ports: Iterable[tuple[str, int]]) -> list[Object]:
 def pod_template(given: PodInput) -> Object:
     instance = instance_dict(given.instance)
     launch = given.launch
-    annotations = {**launch.annotations, **instance.get("annotations", {})}
+    annotations = {**launch.annotations, **given.annotations, **instance.get("annotations", {})}
     volumes = list(given.volumes) + [{"name": name, "emptyDir": {}} for name, _ in launch.scratch]
     mounts = list(given.mounts) + [{"name": name, "mountPath": path} for name, path in launch.scratch]
     if given.shared_memory and not _mounted(instance, SHARED_MEMORY_PATH):

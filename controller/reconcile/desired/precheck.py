@@ -68,12 +68,18 @@ def model_problems(model: ArksModel | None, name: str) -> tuple[Problem, ...]:
     """The weights must be there before a pod mounts them, also when a running application changes its model."""
     if model is None:
         return (Problem("ModelNotExist", "spec.model.name", f"there is no ArksModel {name!r} in this namespace"),)
-    if model.status.phase == "Failed":
+    if model.status.phase == "Failed" and not _outdated(model):
         said = {c.type: c.message for c in model.status.conditions if c.status == "False"}
         why = said.get("Ready") or said.get("ModelLoaded") or ""
         return (
             Problem("ModelLoadFailed", "spec.model.name", f"ArksModel {name!r} failed to load: {why}".rstrip(": ")),
         )
-    if model.status.phase != "Ready":
+    if model.status.phase != "Ready" or _outdated(model):
         return (Problem("ModelLoading", "spec.model.name", f"ArksModel {name!r} is not ready yet"),)
     return ()
+
+
+def _outdated(model: ArksModel) -> bool:
+    """The status tells of an earlier spec, whose weights may lie elsewhere. Arks' operator left no generation there."""
+    seen = model.status.observed_generation
+    return seen is not None and seen < model.metadata.generation
