@@ -38,18 +38,21 @@ class Lane:
         turn = self.turn + 1
         if turn >= count:
             turn = 0
-        self.turn = turn
         ring = self.ring
         engine, best = ring[turn]
+        chosen = turn
         least = engine.in_flight
         # An idle engine cannot be beaten.
-        while least and count > 1:
-            count -= 1
+        left = count
+        while least and left > 1:
+            left -= 1
             turn += 1
             engine, pick = ring[turn]
             if engine.in_flight < least:
                 least = engine.in_flight
                 best = pick
+                chosen = turn
+        self.turn = chosen if chosen < count else chosen - count
         return best
 
 

@@ -181,3 +181,11 @@ def test_endpoints_without_routes_share_the_default_engines():
 def test_an_endpoint_with_an_empty_route_list_gets_no_default_engine():
     target = endpoint()
     assert picker_for(target, defaults=("d:1",)).pick(target) is None
+
+
+def test_an_engine_that_is_busy_for_long_does_not_double_the_share_of_the_next():
+    target = endpoint(route("a", 1, 4))
+    picker = picker_for(target)
+    picker.begin("a:0")
+    shares = Counter(picker.pick(target).addresses[0] for _ in range(300))
+    assert shares == {"a:1": 100, "a:2": 100, "a:3": 100}
