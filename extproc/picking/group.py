@@ -5,7 +5,7 @@ in-flight within the route, ties broken by rotation. Everything that depends on 
 change (`rebuild`), not when a request asks.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
 from extproc.picking.engine import Engine
 from extproc.picking.model import Pick
@@ -28,9 +28,6 @@ class Lane:
         self.picks = 0
         self.turn = 0
         self.credit = 0
-
-    def fit(self) -> list[Engine]:
-        return [engine for engine, _ in self.ring[: self.picks]]
 
     def choose(self) -> Pick:
         """Least in-flight, from where the last choice left off. The lane must have a fit engine."""
@@ -89,23 +86,6 @@ class Group:
                 best = lane
         best.credit -= self._total
         return best.choose()
-
-    def pick_but(self, exclude: Collection[str]) -> Pick | None:
-        """As `pick`, without some addresses: for retries, which are rare, so this one may allocate."""
-        fit = {lane: [each for each in lane.fit() if each.address not in exclude] for lane in self._live}
-        open_lanes = [lane for lane in self._live if fit[lane]]
-        if not open_lanes:
-            return None
-        for lane in open_lanes:
-            lane.credit += lane.weight
-        best = max(open_lanes, key=lambda lane: lane.credit)
-        best.credit -= sum(lane.weight for lane in open_lanes)
-        own = fit[best]
-        best.turn += 1
-        order = [(best.turn + step) % len(own) for step in range(len(own))]
-        chosen = min(order, key=lambda index: own[index].in_flight)
-        others = [each for lane in open_lanes if lane is not best for each in fit[lane]]
-        return _pick(best.name, chosen, own, others)
 
     def spare(self, engine: Engine) -> bool:
         """Whether another engine than this is fit."""

@@ -7,7 +7,7 @@ goes is remembered while requests are still on it.
 
 import random
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 
 import structlog
 
@@ -71,12 +71,10 @@ class Picker:
         self._sources = sources
         self._sort_out()
 
-    def pick(self, endpoint: Endpoint, *, exclude: Collection[str] = ()) -> Pick | None:
+    def pick(self, endpoint: Endpoint) -> Pick | None:
         """An engine for one request. None: no fit one, or the endpoint is not in the present policy."""
         group = self._groups.get((endpoint.namespace, endpoint.name))
-        if group is None:
-            return None
-        return group.pick_but(exclude) if exclude else group.pick()
+        return None if group is None else group.pick()
 
     def begin(self, address: str) -> None:
         """A request goes to this address."""

@@ -58,7 +58,6 @@ def test_with_all_engines_down_there_is_no_pick():
     meet(picker, "a:0", Outcome.UNREACHABLE)
     meet(picker, "a:1", Outcome.UNREACHABLE)
     assert picker.pick(target) is None
-    assert picker.pick(target, exclude=("a:0",)) is None
 
 
 def test_one_crash_under_load_counts_once():

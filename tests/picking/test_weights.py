@@ -52,18 +52,12 @@ def test_no_run_of_picks_strays_from_the_weights(weights, runs):
             assert abs(drawn[f"r{index}"] - count * weight / sum(weights)) < len(weights)
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.sets(st.sampled_from(["on:0", "on:1", "on:2", "off:0", "off:1"])))
-def test_weight_zero_is_neither_drawn_nor_a_fallback(excluded):
-    target = endpoint(route("on", 1, 3), route("off", 0, 2))
+def test_weight_zero_is_neither_drawn_nor_a_fallback():
+    target = endpoint(route("on", 1, 2), route("off", 0, 2))
     picker = picker_for(target)
     for _ in range(20):
-        pick = picker.pick(target, exclude=tuple(excluded))
-        if {"on:0", "on:1", "on:2"} <= excluded:
-            assert pick is None
-            continue
+        pick = picker.pick(target)
         assert all(address.startswith("on:") for address in pick.addresses)
-        assert not excluded & set(pick.addresses)
 
 
 @settings(max_examples=40, deadline=None)
@@ -93,7 +87,6 @@ def test_the_least_loaded_engine_is_chosen(engines, busy):
         load[f"a:{port % engines}"] += 1
     for _ in range(engines * 2):
         assert load[picker.pick(target).addresses[0]] == min(load.values())
-        assert load[picker.pick(target, exclude=("none:1",)).addresses[0]] == min(load.values())
 
 
 def test_idle_engines_take_turns():
