@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from anthropic import Anthropic
+from anthropic import Anthropic, RateLimitError
 
 from tests.clients.conftest import MESSAGES, MODEL, TIMEOUT_S, booked
 
@@ -72,6 +72,15 @@ async def test_counting_tokens_is_a_request_that_uses_none(gateway, anthropic):
     assert await booked(gateway, counted._request_id) == (0, 0, 0)
     row = await gateway.row_of(counted._request_id)
     assert (row["model"], row["token"]) == (MODEL, "good")
+
+
+async def test_counting_tokens_is_limited_as_a_request(clients):
+    asked = {"model": MODEL, "messages": MESSAGES}
+    of_tokens, of_requests = await clients.anthropic("sk-spent"), await clients.anthropic("sk-a-day")
+    assert (await of_tokens.messages.count_tokens(**asked)).input_tokens > 10, "more than is left of the quota"
+    with pytest.raises(RateLimitError) as caught:
+        await of_requests.messages.count_tokens(**asked)
+    assert caught.value.error_code == "rate_limit_exceeded"
 
 
 async def test_a_bearer_token_is_as_good_as_an_api_key(gateway, clients):
