@@ -62,6 +62,8 @@ FIRST_RATIO: Final = 0.25
 """prompt tokens per byte of an endpoint that has not answered yet"""
 _LEARN_MASK: Final = 7
 """one request in eight teaches its endpoint's ratio: those admitted in a millisecond divisible by eight"""
+REQUEST_ID_MOST: Final = 256
+"""characters of x-request-id that the ledger keeps: clients choose it, and may send 60 KiB with every request"""
 INVALID_ARGUMENT: Final = 3
 CLIENT_CLOSED_REQUEST: Final = 499
 _ENGINE_FAULTS: Final = frozenset({"engine_error", "engine_overloaded", "engine_bad_encoding"})
@@ -470,7 +472,7 @@ class Exchange:
         return UsageRecord(
             admitted.lease.id,
             self._attempt,
-            self._request_id.decode("latin-1"),
+            self._request_id[:REQUEST_ID_MOST].decode("latin-1"),
             int(self._time_s * 1000),
             token.name,
             token.namespace,

@@ -233,6 +233,15 @@ async def test_credentials_and_owned_headers_never_reach_the_engine(gateway, eng
     assert "sk-alice" not in json.dumps(headers)
 
 
+async def test_a_request_id_of_any_length_costs_the_ledger_a_bounded_row(gateway):
+    request_id = str(uuid.uuid4()) + "x" * 50_000
+    headers = {**ALICE, "Content-Type": "application/json", "X-Request-Id": request_id}
+    async with RawClient(gateway.url) as client:
+        answer = await client.request(ODD, headers=headers)
+    assert (answer.status, answer.headers["x-request-id"]) == (200, request_id)
+    assert (await gateway.row_of(request_id[:256]))["status"] == 200
+
+
 async def test_engine_reads_the_body_as_it_was_metered(gateway, engine, session):
     """A body may be valid JSON and, decompressed, another one: an engine must not be told to decompress."""
     headers = {**ALICE, "Content-Type": "application/json", "Content-Encoding": "deflate"}
