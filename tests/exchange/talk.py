@@ -52,10 +52,10 @@ class World:
     def exchange(self) -> Exchange:
         return Exchange(self.deps)
 
-    def admitted(self, *, path: str = CHAT, **fields: Any) -> tuple[Exchange, str]:
+    def admitted(self, *, path: str = CHAT, request_id: str = REQUEST_ID, **fields: Any) -> tuple[Exchange, str]:
         """An exchange whose request goes on to an engine, and which."""
         exchange = self.exchange()
-        exchange.on_message(asks(path))
+        exchange.on_message(asks(path, request_id))
         reply = ProcessingResponse.FromString(exchange.on_message(says(**fields)) or b"")
         set_headers = reply.request_body.response.header_mutation.set_headers
         pins = [each.header.raw_value for each in set_headers if each.header.key == "x-gateway-destination-endpoint"]
@@ -92,13 +92,13 @@ class World:
         return self.store.used(f"{_PREFIX}rpd"), self.store.used(f"{_PREFIX}tpd")
 
 
-def asks(path: str = CHAT) -> bytes:
+def asks(path: str = CHAT, request_id: str = REQUEST_ID) -> bytes:
     message = ProcessingRequest()
     for name, value in (
         (":method", "POST"),
         (":path", path),
         ("authorization", "Bearer sk-alice"),
-        ("x-request-id", REQUEST_ID),
+        ("x-request-id", request_id),
     ):
         message.request_headers.headers.headers.add(key=name, raw_value=value.encode())
     return message.SerializeToString()

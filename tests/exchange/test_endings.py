@@ -187,3 +187,11 @@ def test_an_answer_that_ends_in_trailers_is_read_to_its_end():
     exchange.on_close(CloseReason.DONE)
     row = world.row
     assert (row.accuracy, row.prompt_tokens, row.completion_tokens) == ("exact", 7, 5)
+
+
+def test_a_clients_request_id_as_long_as_headers_may_be_does_not_fill_the_ledger():
+    world = World()
+    exchange, engine = world.admitted(request_id="x" * 50_000)
+    for message in (answers(engine), piece(whole(7, 5), end=True)):
+        exchange.on_message(message)
+    assert world.row.request_id == "x" * 256
