@@ -13,33 +13,25 @@ from extproc.usage.model import Usage
 _COUNT_MAX = 2**53
 
 
-class Event(msgspec.Struct):
-    """The top level of a body or of one event, in every API's shape at once."""
+class Body(msgspec.Struct):
+    """The top level of a whole body, in every API's shape at once; without `choices`, whose text nobody needs there."""
+
+    usage: Any = None
+    error: Any = None
+    object: Any = None
+    type: Any = None
+    status: Any = None
+    message: Any = None
+    code: Any = None
+    detail: Any = None
+
+
+class Event(Body):
+    """The top level of one event."""
 
     choices: Any = None
-    usage: Any = None
-    error: Any = None
-    object: Any = None
-    type: Any = None
-    status: Any = None
-    message: Any = None
-    code: Any = None
-    detail: Any = None
     delta: Any = None
     response: msgspec.Raw = msgspec.Raw(b"null")
-
-
-class Body(msgspec.Struct):
-    """`Event` for whole bodies: without `choices`, whose text nobody needs there."""
-
-    usage: Any = None
-    error: Any = None
-    object: Any = None
-    type: Any = None
-    status: Any = None
-    message: Any = None
-    code: Any = None
-    detail: Any = None
 
 
 _Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=_COUNT_MAX)]
@@ -163,7 +155,7 @@ def _reason(error: Any) -> str:
     return "engine_error"
 
 
-def failure(body: Event | Body) -> str:
+def failure(body: Body) -> str:
     """The reason if this is an error in any engine's shape, else empty.
 
     {"error": {...} | "text"} (OpenAI, vLLM, Anthropic), {"object": "error", ...} (SGLang), {"message", "type", "code"}
