@@ -65,6 +65,15 @@ async def run(settings: ExtprocSettings) -> int:
         return 1
 
 
+@contextlib.contextmanager
+def _blamed_on(flags: str) -> Iterator[None]:
+    """The system's reason alone does not tell which of two addresses is taken."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{flags}: {error.strerror or error}") from error
+
+
 class Gateway:
     """The parts of one process and their order."""
 
@@ -99,7 +108,8 @@ class Gateway:
         self._journal.start()
         try:
             host, _, port = settings.admin.rpartition(":")
-            await admin.start(host.strip("[]"), int(port))
+            with _blamed_on(f"--admin {settings.admin}"):
+                await admin.start(host.strip("[]"), int(port))
             if not await _unless(stopped, self._source.start):
                 return 0
             assert self._pending is not None
@@ -119,7 +129,10 @@ class Gateway:
                 ("loop lag", self._lag.run),
             ):
                 owned.append(asyncio.create_task(_lasting(name, work), name=name))
-            server = await self._listen()
+            tls = settings.tls
+            files = f" with --tls-certificate {tls.certificate} and --tls-key {tls.key}" if tls is not None else ""
+            with _blamed_on(f"--listen {settings.listen}{files}"):
+                server = await self._listen()
             self._serving = True
             log.info("serving", listen=server.address, admin=admin.address, engines=len(self._engines))
             await stopped.wait()

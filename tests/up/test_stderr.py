@@ -52,11 +52,15 @@ def events(text):
     return [json.loads(line)["event"] for line in text.splitlines()]
 
 
-def test_an_address_that_is_taken_is_told_in_json_alone(extproc):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        process, said = extproc("--listen", f"127.0.0.1:{taken.getsockname()[1]}")
-        assert process.wait(TIMEOUT_S) == 1
-    assert events(said()) == ["cannot start"]
+def test_an_address_that_is_taken_is_told_with_its_flag_in_json_alone(extproc):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        taken = f"127.0.0.1:{server.getsockname()[1]}"
+        for flag in ("--listen", "--admin"):
+            # Of a flag given twice the last one counts.
+            process, said = extproc("--listen", "127.0.0.1:0", flag, taken)
+            assert process.wait(TIMEOUT_S) == 1
+            assert events(said()) == ["cannot start"]
+            assert f"{flag} {taken}: " in json.loads(said())["error"]
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="no openssl to make certificates with")
