@@ -199,7 +199,7 @@ class FolderSource:
             for name, why in sorted(self._hosts.failed.items())
         )
         fresh = not self.status.generation or policy is not self._published
-        same = not fresh or (self.status.generation and _same(policy, self._published) and notes == self.status.notes)
+        same = not fresh or (self.status.generation and policy == self._published and notes == self.status.notes)
         status = self.status if hosts_only else replace(self.status, ok=True, errors=(), loaded_at_s=time.time())
         self.status = replace(
             status,
@@ -227,8 +227,3 @@ async def _in(thread: ThreadPoolExecutor, call: Callable[[], T]) -> T:
 def _inode(path: Path) -> tuple[int, int]:
     found = path.stat()
     return found.st_dev, found.st_ino
-
-
-def _same(one: Policy, other: Policy) -> bool:
-    """Records keep their identity where nothing changed, so this is one comparison of pointers per record."""
-    return one.tokens == other.tokens and one.quotas == other.quotas and one.endpoints == other.endpoints

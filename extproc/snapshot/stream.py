@@ -220,7 +220,7 @@ class StreamSource:
     def _publish(self, *, hosts_only: bool = False) -> None:
         policy = self._hosts.applied(self._replica.policy, self._published)
         notes = self._notes()
-        same = self.status.generation > 0 and _same(policy, self._published)
+        same = self.status.generation > 0 and policy == self._published
         if same and notes == self.status.notes:
             return
         self.status = replace(
@@ -291,10 +291,3 @@ class StreamSource:
             await asyncio.to_thread(kept.save, self._file, self._replica.policy, self.status.loaded_at_s)
         except OSError as error:
             log.error("the policy cannot be kept", file=str(self._file), error=error.strerror)
-
-
-def _same(one: Policy, other: Policy) -> bool:
-    """Records that did not change keep their identity, so this is one comparison of pointers per record."""
-    return one is other or (
-        one.tokens == other.tokens and one.quotas == other.quotas and one.endpoints == other.endpoints
-    )
