@@ -19,7 +19,16 @@ import msgspec
 from apis.policy import Endpoint
 from extproc import body as bodies
 from extproc.errors import Refused, printable, refused
-from extproc.limits.model import Amounts, Context, Lease, LimitStore, Refusal, Standing, StoreUnavailable
+from extproc.limits.model import (
+    QUOTA_RETRY_AFTER_S,
+    Amounts,
+    Context,
+    Lease,
+    LimitStore,
+    Refusal,
+    Standing,
+    StoreUnavailable,
+)
 from extproc.picking import Pick, Picker
 from extproc.snapshot.index import Grant, LiveIndex, Principal
 from extproc.usage.bounds import prompt_upper_bound, requested_output
@@ -27,8 +36,6 @@ from extproc.usage.model import Api
 
 LEASE_TTL_S: Final = 900.0
 """A lease outlives a crash by this much. A longer request loses nothing: its settling sets the expired charge right."""
-QUOTA_RETRY_AFTER_S: Final = 3600
-"""A spent quota does not refill by itself; clients that insist are told to come back in an hour."""
 
 _ENGINE_FIELDS: Final = (
     "kv_transfer_params",
@@ -257,6 +264,6 @@ def standing_headers(requests: Standing | None, tokens: Standing | None) -> tupl
             headers += (
                 (f"x-ratelimit-limit-{family}", str(standing.limit)),
                 (f"x-ratelimit-remaining-{family}", str(standing.remaining)),
-                (f"x-ratelimit-reset-{family}", f"{math.ceil(standing.reset_s)}s"),
+                (f"x-ratelimit-reset-{family}", f"{math.ceil(standing.reset_s or QUOTA_RETRY_AFTER_S)}s"),
             )
     return tuple(headers)

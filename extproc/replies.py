@@ -9,7 +9,7 @@ from typing import Final, TypeAlias
 
 from apis.headers import DECIDED_HEADERS, PIN_HEADER
 from extproc import messages
-from extproc.limits.model import Lease, Standing
+from extproc.limits.model import QUOTA_RETRY_AFTER_S, Lease, Standing
 
 _UNSET: Final = (f"{PIN_HEADER}-subset", "x-arks-tenant", "x-arks-priority")
 """headers that are the gateway's word, too, but that a reply does not set: a client's copies never pass"""
@@ -97,7 +97,7 @@ class Replies:
     def _family(self, family: str, standing: Standing) -> bytes:
         limit, remaining, reset_s = standing
         left = b"%d" % remaining
-        reset = b"%d" % math.ceil(reset_s)
+        reset = b"%d" % math.ceil(reset_s or QUOTA_RETRY_AFTER_S)
         key = (family, limit, len(left), len(reset))
         pieces = self._standings.get(key)
         if pieces is None:

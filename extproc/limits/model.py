@@ -6,7 +6,7 @@ also when it ends in a later one. `window_s` 0 is a lifetime counter (quota).
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, Final, Literal, NamedTuple, Protocol, TypeAlias
 
 import msgspec
 
@@ -35,6 +35,10 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
     limit: int
     window_s: int
     """60, 86400, or 0 for a counter that never resets"""
+
+
+QUOTA_RETRY_AFTER_S: Final = 3600
+"""A spent quota does not refill by itself; clients that insist are told to come back in an hour."""
 
 
 class Standing(NamedTuple):

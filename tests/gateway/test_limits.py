@@ -110,6 +110,8 @@ async def test_quota_that_two_tokens_share_is_one(gateway, session):
             assert int(headers["retry-after"]) > 60
             assert headers["x-ratelimit-limit-tokens"] == str(limit)
             assert int(headers["x-ratelimit-remaining-tokens"]) < RESERVED
+        # A quota never refills: no reset "in 0 s", neither refused nor served.
+        assert headers["x-ratelimit-reset-tokens"] == "3600s"
     used = sum(total for *_, total in answers)
     usage = [line for line in (await gateway.metrics(session)).splitlines() if 'quota_name="shared"' in line]
     spent = next(float(line.rpartition(" ")[2]) for line in usage if line.startswith("gateway_quota_usage"))
