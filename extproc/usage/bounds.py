@@ -22,8 +22,6 @@ TOOL_TEMPLATE_TOKENS = 256
 """the instructions that templates put around tools: Qwen2.5 about 120, Llama 3.1 about 100"""
 SEQUENCE_TOKENS = 4
 """begin, end and separators of one sequence or of one query-document pair"""
-COMPLETIONS_MAX_TOKENS = 16
-"""what `/v1/completions` generates where nothing is asked for (vLLM, SGLang, llama.cpp's Python server)"""
 TOKENS_MAX = 2**53 - 1
 
 _CONVERSATION = {
@@ -45,7 +43,14 @@ _PAIRS = (
 )
 _WITH_EACH_PAIR = frozenset({"instruction", "instruct", "chat_template_kwargs"})
 _TOOLS = frozenset({"tools", "functions"})
-_OUTPUT = frozenset({"max_tokens", "max_completion_tokens", "max_output_tokens"})
+_OUTPUT: Mapping[Api, frozenset[str]] = {
+    "chat": frozenset({"max_tokens", "max_completion_tokens", "n_predict"}),
+    "completions": frozenset({"max_tokens", "n_predict"}),
+    "responses": frozenset({"max_output_tokens"}),
+    "messages": frozenset({"max_tokens"}),
+}
+"""what engines heed, API by API: another one's name is passed over, and must not make the reservation small.
+`n_predict`: llama.cpp's server takes it before the others, negative ones as no limit"""
 _LIST_LOOKS = 16
 """lists that are looked at before a body is decoded instead"""
 
@@ -175,14 +180,9 @@ def requested_output(api: Api, fields: Mapping[str, msgspec.Raw], cap: int) -> i
     """
     if api in {"embeddings", "rerank", "score", "count_tokens"}:
         return 0
-    tokens = -1
-    for name in fields.keys() & _OUTPUT:
-        limit = _integer(fields[name])
-        if limit is not None and limit > tokens:
-            tokens = limit
-    if tokens < 0:
-        tokens = COMPLETIONS_MAX_TOKENS if api == "completions" else cap
-    tokens = min(tokens, cap)
+    limits = [limit for name in fields.keys() & _OUTPUT[api] if (limit := _integer(fields[name])) is not None]
+    # Without a limit vLLM and SGLang complete 16 tokens, Ollama and llama.cpp go on to the end of their context.
+    tokens = cap if not limits or min(limits) < 0 else min(max(limits), cap)
     answers = max(1, _integer(fields["n"]) or 1) if "n" in fields else 1
     if "best_of" in fields:
         answers = max(answers, _integer(fields["best_of"]) or 1)

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from extproc.usage.bounds import (
-    COMPLETIONS_MAX_TOKENS,
     TEMPLATE_TOKENS,
     TOKENS_MAX,
     TOOL_TEMPLATE_TOKENS,
@@ -151,7 +150,14 @@ def test_other_inputs(api, body, least, most):
         ("chat", {"max_tokens": 5000}, 1000),
         ("chat", {"max_tokens": 5, "n": 3}, 15),
         ("chat", {"n": None}, 1000),
-        ("completions", {}, COMPLETIONS_MAX_TOKENS),
+        ("completions", {}, 1000),
+        # Limits that only another API's engines heed are none.
+        ("chat", {"max_output_tokens": 1}, 1000),
+        ("completions", {"max_completion_tokens": 1}, 1000),
+        ("responses", {"max_tokens": 1}, 1000),
+        ("messages", {"max_completion_tokens": 1}, 1000),
+        ("chat", {"max_tokens": 1, "n_predict": 500}, 500),
+        ("completions", {"max_tokens": 1, "n_predict": -1}, 1000),
         ("completions", {"max_tokens": 10, "n": 2, "best_of": 4}, 40),
         ("completions", {"max_tokens": 10, "n": 2, "prompt": ["a", "b", "c"]}, 60),
         ("completions", {"max_tokens": 10, "prompt": [1, 2, 3]}, 10),
