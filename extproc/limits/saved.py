@@ -30,6 +30,10 @@ _OPENED = Statement(
 )
 _RULESETS = Statement("INSERT OR IGNORE INTO rulesets (id, holds) VALUES", 2)
 _CLOSED = Statement("DELETE FROM leases WHERE id IN (VALUES", 1, ")")
+_UNHELD = "DELETE FROM rulesets WHERE id NOT IN (SELECT ruleset FROM leases)"
+_TIDIED = Statement(f"{_UNHELD} AND 1 IN (VALUES", 1, ")")
+_RULESETS_MOST = 50_000
+"""in the file, before those that no lease holds are dropped: tokens and endpoints come and go"""
 _LARGEST = (1 << 63) - 1
 _HOLDS = msgspec.msgpack.Decoder(list[tuple[str, int, int]])
 
@@ -59,6 +63,8 @@ class SavedLimits:
         self._rulesets: dict[int, Row] = {}
         self._known: set[int] = set()
         """ids of the rulesets in the file"""
+        self._tidy = False
+        """the rulesets that no lease in the file holds are to be dropped, before any is added"""
         self._put_by: list[Lease] = []
         self._taking = threading.Lock()
 
@@ -72,7 +78,7 @@ class SavedLimits:
                 self._counters[key] = counter
         leases = []
         # Nobody else knows yet which rulesets are in the file, so this is the time to drop those that nobody holds.
-        journal.execute("DELETE FROM rulesets WHERE id NOT IN (SELECT ruleset FROM leases)")
+        journal.execute(_UNHELD)
         for row in journal.execute(
             "SELECT leases.id, admitted_s, expires_s, requests, prompt, response, holds, context"
             " FROM leases JOIN rulesets ON rulesets.id = ruleset ORDER BY expires_s"
@@ -125,6 +131,10 @@ class SavedLimits:
             opened = self.opened[:]
             del self.opened[: len(opened)]
             opened, self._put_by = self._put_by + opened, []
+        if len(self._known) >= _RULESETS_MOST and not self._inserts:
+            # Every lease that is still to be written brings its ruleset along from here on.
+            self._known.clear()
+            self._tidy = True
         for lease_id in closed:
             self._inserts.pop(lease_id, None)
             if lease_id in self._written:
@@ -144,7 +154,8 @@ class SavedLimits:
     def writes(self) -> list[tuple[Statement, list[Row]]]:
         self._written.update(self._inserts)
         deletes: list[Row] = [(lease_id,) for lease_id in self._deletes]
-        writes = [
+        writes: list[tuple[Statement, list[Row]]] = [
+            (_TIDIED, [(1,)] if self._tidy else []),
             (_COUNTERS, list(self._sums.values())),
             (_RULESETS, list(self._rulesets.values())),
             (_CLOSED, deletes),
@@ -156,6 +167,7 @@ class SavedLimits:
         self._written.difference_update(self._deletes)
         self._known.update(self._rulesets)
         self._rulesets.clear()
+        self._tidy = False
         self._sums.clear()
         self._deletes.clear()
         self._inserts.clear()

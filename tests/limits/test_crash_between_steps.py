@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from extproc.journal.writer import Journal
+from extproc.limits import saved
 from extproc.limits.memory import MemoryStore
 from extproc.limits.model import Amounts, Lease
 from tests.limits.ground import Clock, admitted, concurrency, quota, tpd
@@ -113,3 +114,26 @@ def test_lists_are_taken_without_losing_what_is_appended_meanwhile(tmp_path: Pat
     journal.close()
     assert (after.used(quota(0).key), after.reserved(quota(0).key)) == (used, reserved)
     assert after.open_leases == len(open_leases)
+
+
+def test_rulesets_of_grants_that_went_do_not_fill_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    most = 100
+    monkeypatch.setattr(saved, "_RULESETS_MOST", most)
+    clock = Clock()
+    journal = Journal(tmp_path)
+    store = MemoryStore(clock=clock, journal=journal)
+    for n in range(10 * most):
+        lease = admitted(store.reserve(f"r{n}", (tpd(10_000, f"tpd/{n}"),), ASKED, ttl_s=100_000))
+        assert journal._flush()
+        # Every tenth stays open.
+        if n % 10:
+            store.settle(lease, ACTUAL)
+    assert journal._flush()
+    (count,) = journal._db.execute("SELECT count(*) FROM rulesets").fetchone()
+    assert count <= 2 * most + 10
+    journal.close()
+    journal = Journal(tmp_path)
+    after = MemoryStore(clock=clock, journal=journal)
+    journal.close()
+    assert after.open_leases == most
+    assert [after.reserved(f"tpd/{n}") for n in range(0, 10 * most, 10)] == [100] * most
