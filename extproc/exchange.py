@@ -184,8 +184,6 @@ class Exchange:
             else:
                 usage, accuracy = self._so_far(admitted)
                 self._settle(usage, accuracy, GATEWAY_RESTARTED, Outcome.ABANDONED)
-        # What Envoy still says until it hears of the end changes nothing.
-        self._admitted = None
         return True
 
     def on_close(self, reason: CloseReason) -> None:
@@ -195,6 +193,8 @@ class Exchange:
     # --- request --------------------------------------------------------------------------------------------------
 
     def _request_headers(self, message: bytes) -> bytes:
+        if self._principal is not None:
+            raise GrpcError(INVALID_ARGUMENT, "request headers out of turn")
         at, end, no_body, _ = messages.headers_of(message)
         method, path, authorization, request_id = _REQUEST.find(message, at, end)
         self._started_s = time.monotonic()
@@ -262,6 +262,8 @@ class Exchange:
     # --- response -------------------------------------------------------------------------------------------------
 
     def _response_headers(self, message: bytes) -> bytes:
+        if self._settled:
+            return messages.CONTINUE_RESPONSE_HEADERS  # a drain let go of it, and Envoy has not heard that yet
         at, end, no_body, behind = messages.headers_of(message)
         status, content_type = _RESPONSE.find(message, at, end)
         encoding = None if message.find(_ENCODED, at, end) < 0 else _ENCODING.find(message, at, end)[0]
@@ -344,7 +346,7 @@ class Exchange:
         tap = self._tap
         if tap is None:
             admitted, answer = self._admitted, self._answer
-            if answer is None or admitted is None:
+            if answer is None or admitted is None or self._settled:
                 if end_of_stream:
                     self._settle_complete()
                 return messages.CONTINUE_RESPONSE_BODY
