@@ -236,8 +236,8 @@ class _Gateway:
             access_log=access_log,
             concurrency=settings.concurrency,
         )
-        bootstrap.write_bytes(render_bootstrap(gateway))
-        (settings.state / "envoy-admin").write_text(f"unix:{self._envoy_admin()}\n")
+        _put(bootstrap, render_bootstrap(gateway))
+        _put(settings.state / "envoy-admin", f"unix:{self._envoy_admin()}\n".encode())
         self._envoy_admin().unlink(missing_ok=True)
         program = settings.envoy or _packaged_envoy()
         command = [str(program), "-c", str(bootstrap), "--concurrency", str(settings.concurrency)]
@@ -345,6 +345,12 @@ def _lock(held: TextIO, state: Path) -> None:
         raise UsageError(
             f"--state {state}: another `arks up` uses this folder; stop it, or give this one its own with --state"
         ) from error
+
+
+def _put(file: Path, content: bytes) -> None:
+    """Not where it stands there already: an Envoy that died comes back while the disk is full, too."""
+    if not file.is_file() or file.read_bytes() != content:
+        file.write_bytes(content)
 
 
 def _packaged_envoy() -> Path:

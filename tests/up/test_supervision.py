@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -148,6 +149,19 @@ def test_parts_that_die_come_back(running):
         eventually(lambda killed=killed: not Path(f"/proc/{killed}").exists())
         eventually(lambda word=word: any(word in command for command in running.children()))
         eventually(lambda: [status(gateway, CHAT) for _ in range(6)] == [200] * 6)
+
+
+def test_an_envoy_that_dies_while_the_disk_is_full_comes_back(running):
+    pid = running.process.pid
+    before = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        killed = running.child("envoy.json")
+        os.kill(killed, signal.SIGKILL)
+        eventually(lambda: not Path(f"/proc/{killed}").exists())
+        eventually(lambda: status(running.ready["gateway"], CHAT) == 200)
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
 
 
 def test_a_part_that_keeps_dying_ends_everything_with_its_reason(start):
