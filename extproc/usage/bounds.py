@@ -42,6 +42,8 @@ _PAIRS = (
     *(("text_1", "text_2"), ("data_1", "data_2")),
 )
 _WITH_EACH_PAIR = frozenset({"instruction", "instruct", "chat_template_kwargs"})
+_MESSAGES = frozenset({"messages", "previous_input_messages"})
+"""may hold media; elsewhere templates write out what is there, whatever its keys are called"""
 _TOOLS = frozenset({"tools", "functions"})
 _OUTPUT: Mapping[Api, frozenset[str]] = {
     "chat": frozenset({"max_tokens", "max_completion_tokens", "n_predict"}),
@@ -76,10 +78,10 @@ def prompt_upper_bound(api: Api, fields: Mapping[str, msgspec.Raw], media_tokens
         raw = bytes(fields[name])
         if name in _LISTS:
             bound += _texts_or_ids(raw, media_tokens)
-        elif raw.find(b"[", 1) < 0 or _is_text_only(raw):
-            bound += len(raw)
-        else:
+        elif name in _MESSAGES and raw.find(b"[", 1) >= 0 and not _is_text_only(raw):
             bound += _with_media(raw, media_tokens)
+        else:
+            bound += len(raw)
         if name in _TOOLS:
             bound += TOOL_TEMPLATE_TOKENS
     return bound

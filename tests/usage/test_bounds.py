@@ -99,6 +99,13 @@ def test_a_document_of_text_counts_as_text():
     assert 9000 < bound("messages", {"messages": [{"role": "user", "content": [part]}]}) < 9500
 
 
+@pytest.mark.parametrize("name", ["documents", "tools", "chat_template_kwargs"])
+def test_text_is_not_taken_for_media_where_templates_write_out_what_is_there(name):
+    """Whatever its keys are called: it reserved next to nothing."""
+    odd = [{"file": "a", "data": "x" * 10_000, "list": [1]}]
+    assert bound("chat", {"messages": [], name: odd}) > 10_000
+
+
 def test_a_picture_in_a_responses_input_counts_its_allowance():
     body = {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": BASE64}]}]}
     assert MEDIA_TOKENS < bound("responses", body) < MEDIA_TOKENS + 300
