@@ -117,8 +117,15 @@ class Controller:
 
 
 async def run(settings: ControllerSettings, credentials: Credentials | None = None) -> int:
-    """Run until SIGTERM or SIGINT."""
-    client = Client(credentials or detect(settings.kubeconfig, settings.context), silence_s=settings.watch_silence_s)
+    """Run until SIGTERM or SIGINT. Raises `CredentialsError` where there are none to begin with: nothing would come of
+    waiting.
+    """
+    credentials = credentials or detect(settings.kubeconfig, settings.context)
+    try:
+        await credentials.access()
+    finally:
+        await credentials.close()
+    client = Client(credentials, silence_s=settings.watch_silence_s)
     controller = Controller(client, settings)
     async with (
         client,

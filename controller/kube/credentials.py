@@ -23,6 +23,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import structlog
+import yaml
 
 from controller.kube.errors import CredentialsError
 
@@ -165,7 +166,13 @@ class _Kubeconfig:
                 return known
         from kubernetes.config import kube_config  # noqa: PLC0415 - 20 MB that a pod never needs
 
-        merged = _untyped(kube_config.KubeConfigMerger)(self._path or kube_config.KUBE_CONFIG_DEFAULT_LOCATION)
+        named = self._path or kube_config.KUBE_CONFIG_DEFAULT_LOCATION
+        try:
+            merged = _untyped(kube_config.KubeConfigMerger)(named)
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            line = f", line {mark.line + 1}" if mark is not None else ""
+            raise CredentialsError(f"the kubeconfig {named} is not YAML{line}") from error
         if merged.config is None:
             raise CredentialsError("no kubeconfig found")
         loader = _untyped(kube_config.KubeConfigLoader)(
