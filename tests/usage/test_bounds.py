@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from extproc.usage import bounds
 from extproc.usage.bounds import (
     TEMPLATE_TOKENS,
     TOKENS_MAX,
@@ -92,6 +93,11 @@ def test_media_count_their_allowance_and_not_their_base64(part, nested, pad):
     raw = json.dumps([{"role": "user", "content": content}]).replace(": [", f":{pad}[").encode()
     found = prompt_upper_bound("chat", {"messages": msgspec.Raw(raw)}, MEDIA_TOKENS)
     assert 2 * MEDIA_TOKENS <= found <= 2 * MEDIA_TOKENS + TEMPLATE_TOKENS + 600
+
+
+def test_every_kind_of_media_begins_with_a_mark_that_is_looked_for():
+    for name in bounds._MEDIA_TYPES:
+        assert bounds._media_mark(json.dumps(name).encode())
 
 
 def test_a_document_of_text_counts_as_text():
