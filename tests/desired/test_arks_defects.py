@@ -10,7 +10,7 @@ from controller.reconcile.desired.application import desired_application
 from controller.reconcile.desired.disaggregated import desired_disaggregated
 from controller.reconcile.desired.endpoint import API_PATHS, Backend, desired_endpoint, disaggregated_ready, discovered
 from controller.reconcile.desired.model import desired_model
-from controller.reconcile.desired.outcome import World
+from controller.reconcile.desired.outcome import Desired, World
 from controller.reconcile.desired.phase import judge
 from controller.workloads.model import LWS, RBG_V1ALPHA1, Counts, Observed
 from tests.desired.resources import (
@@ -297,6 +297,14 @@ def test_defect_31_a_model_that_is_not_ready_is_never_mounted(model_status, phas
     verdict = judge(found, {}, {"inference": 1})
     assert (verdict.phase, verdict.conditions[1].reason) == (phase, reason)
     assert verdict.conditions[1].type == "Loaded"
+
+
+def test_defect_13_a_pipeline_without_one_of_its_halves_does_not_serve():
+    counts = {"scheduler": Counts(1, 1, 1), "decode": Counts(2, 2, 2)}
+    verdict = judge(Desired(), counts, {"scheduler": 1, "prefill": 0, "decode": 2})
+    ready = next(item for item in verdict.conditions if item.type == "Ready")
+    assert (ready.status, ready.reason) == ("False", "ScaledToZero")
+    assert "prefill" in ready.message
 
 
 def test_defect_31_a_status_of_an_older_spec_is_no_word_on_the_newest():

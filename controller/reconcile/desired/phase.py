@@ -46,16 +46,19 @@ def judge(desired: Desired, counts: Mapping[str, Counts], wanted: Mapping[str, i
 
 
 def _ready(problem: Problem | None, counts: Mapping[str, Counts], wanted: Mapping[str, int], stuck: str) -> Verdict:
+    """A pipeline that lacks one of its roles serves nothing, whatever the others do."""
     asked = {role: number for role, number in wanted.items() if number}
+    absent = [role for role, number in wanted.items() if not number]
     text = ", ".join(f"{role} {counts.get(role, Counts()).ready}/{number}" for role, number in asked.items())
-    serves = bool(asked) and all(counts.get(role, Counts()).ready > 0 for role in asked)
+    serves = bool(asked) and not absent and all(counts.get(role, Counts()).ready > 0 for role in asked)
     if serves:
         waiting = f"; the newest spec waits: {problem}" if problem is not None else f"; {stuck}" if stuck else ""
         return Verdict("Ready", "True", "Running", f"The LLM service is running: {text} replicas ready{waiting}")
     if problem is not None:
         return Verdict("Ready", "False", problem.reason, str(problem))
-    if not asked:
-        return Verdict("Ready", "False", "ScaledToZero", "no replicas are asked for")
+    if absent or not asked:
+        of = f" of {' and '.join(absent)}" if asked else ""
+        return Verdict("Ready", "False", "ScaledToZero", f"no replicas{of} are asked for")
     return Verdict(
         "Ready", "False", "ReplicasNotReady", f"waiting for replicas: {text} ready{f'; {stuck}' if stuck else ''}"
     )
