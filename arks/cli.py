@@ -80,7 +80,9 @@ def _transport(parser: argparse.ArgumentParser) -> None:
     options.add_flag(parser, "--transport", options.text, "h2", text, choices=TRANSPORTS)
 
 
-def _on_journal_failure(parser: argparse.ArgumentParser) -> None:
+def _journal(parser: argparse.ArgumentParser) -> None:
+    text = "Usage rows older than this many days are deleted. Without it all are kept."
+    options.add_flag(parser, "--retain-days", options.positive, None, text, metavar="DAYS")
     text = "While the state folder cannot be written: refuse requests (503), or serve them unjournaled."
     options.add_flag(parser, "--on-journal-failure", options.text, "refuse", text, choices=("refuse", "serve"))
 
@@ -120,7 +122,7 @@ def _add_up(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     options.add_flag(parser, "--concurrency", options.positive, "1", text, metavar="N")
     text = "Envoy's access log, one JSON line per request: stderr, off, or a file."
     options.add_flag(parser, "--access-log", _access_log, "stderr", text, metavar="WHERE")
-    _on_journal_failure(parser)
+    _journal(parser)
     text = "After Ctrl-C or SIGTERM, how long open streams may go on. A second Ctrl-C stops at once."
     options.add_flag(parser, "--drain-timeout-s", options.seconds, "30", text, metavar="SECONDS")
     _logging(parser)
@@ -141,6 +143,7 @@ def _run_up(chosen: argparse.Namespace) -> int:
             access_log=chosen.access_log,
             concurrency=chosen.concurrency,
             on_journal_failure=chosen.on_journal_failure,
+            retain_days=chosen.retain_days,
             drain_timeout_s=chosen.drain_timeout_s,
             log_level=chosen.log_level,
             log_format=chosen.log_format,
@@ -171,7 +174,7 @@ def _add_extproc(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         ("--tls-client-ca", "Only peers with a certificate of this authority (PEM) may connect."),
     ):
         options.add_flag(parser, flag, options.existing_file, None, text, metavar="FILE")
-    _on_journal_failure(parser)
+    _journal(parser)
     text = "After SIGTERM, how long requests under way are waited for. Then they go on through Envoy alone."
     options.add_flag(parser, "--drain-timeout-s", options.seconds, "30", text, metavar="SECONDS")
     text = "Keep Envoy's list of engines (EDS) in this file."
@@ -221,6 +224,7 @@ def extproc_settings(parser: argparse.ArgumentParser, chosen: argparse.Namespace
         transport=chosen.transport,
         tls=tls,
         on_journal_failure=chosen.on_journal_failure,
+        retain_days=chosen.retain_days,
         drain_timeout_s=chosen.drain_timeout_s,
         eds_file=chosen.eds_file,
         metrics_per_token=options.is_on(USER_LABEL, chosen.metrics_per_token),

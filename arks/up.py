@@ -67,6 +67,7 @@ class UpSettings:
     """stderr, off, or a path"""
     concurrency: int
     on_journal_failure: OnJournalFailure
+    retain_days: int | None
     drain_timeout_s: float
     log_level: str
     log_format: LogFormat
@@ -209,6 +210,8 @@ class _Gateway:
         command = [*settings.extproc_command, "--listen", f"unix:{self._run / 'extproc.sock'}"]
         command += ["--admin", str(self._admin), "--policy", str(self._policy), "--state", str(settings.state)]
         command += ["--transport", settings.transport, "--on-journal-failure", settings.on_journal_failure]
+        if settings.retain_days is not None:
+            command += ["--retain-days", str(settings.retain_days)]
         command += ["--eds-file", str(eds), "--drain-timeout-s", str(settings.drain_timeout_s)]
         # A child's stderr is a pipe: what `auto` means is decided here.
         eyes = settings.log_format == "console" or (settings.log_format == "auto" and sys.stderr.isatty())

@@ -9,6 +9,7 @@ settle (at most `drain_timeout_s`; then Envoy goes on without us), the journal i
 import asyncio
 import contextlib
 import gc
+import os
 import signal
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -80,7 +81,8 @@ class Gateway:
     def __init__(self, settings: ExtprocSettings) -> None:
         settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._settings = settings
-        self._journal = Journal(settings.state_dir, JournalSettings(on_failure=settings.on_journal_failure))
+        kept = JournalSettings(on_failure=settings.on_journal_failure, retain_days=settings.retain_days)
+        self._journal = Journal(settings.state_dir, kept)
         self._ledger = ledger = SqliteLedger(self._journal)
         self._store = MemoryStore(journal=self._journal, ledger=ledger)
         self._picker = Picker()
@@ -299,6 +301,7 @@ class Gateway:
         watch(names.JOURNAL_WORKING, lambda: float(journal.status.ok))
         watch(names.JOURNAL_QUEUED, lambda: journal.status.queued)
         watch(names.JOURNAL_DROPPED, lambda: journal.status.dropped)
+        watch(names.STATE_FREE, self._free_bytes)
         watch(names.LEDGER_ROWS, lambda: self._ledger.written)
         watch(names.OPEN_LEASES, lambda: store.open_leases)
         watch(names.LEASES_EXPIRED, lambda: store.stats.expired)
@@ -308,6 +311,10 @@ class Gateway:
             watch(names.RATE_LIMIT_TOKENS, self._left)
         watch(names.ENGINE_HEALTHY, lambda: [((state.address,), float(state.healthy)) for state in picker.snapshot()])
         watch(names.ENGINE_IN_FLIGHT, lambda: [((state.address,), state.in_flight) for state in picker.snapshot()])
+
+    def _free_bytes(self) -> int:
+        found = os.statvfs(self._settings.state_dir)
+        return found.f_bavail * found.f_frsize
 
     def _quotas(self, value: Callable[[str, int], int]) -> list[tuple[tuple[str, ...], float]]:
         return [

@@ -36,6 +36,8 @@ class ExtprocSettings:
     tls: TlsSettings | None = None
     on_journal_failure: OnJournalFailure = "refuse"
     """what happens to new requests while the state folder cannot be written"""
+    retain_days: int | None = None
+    """usage rows older than this are deleted; None keeps them all"""
     drain_timeout_s: float = 30.0
     """after SIGTERM, how long requests under way are waited for; then they go on without this process"""
     eds_file: Path | None = None

@@ -164,6 +164,9 @@ JOURNAL_QUEUED = MetricName("arks_journal_queued", "gauge", "Entries that are no
 JOURNAL_DROPPED = MetricName(
     "arks_journal_dropped_total", "counter", "Usage rows given up because the state folder could not be written."
 )
+STATE_FREE = MetricName(
+    "arks_state_free_bytes", "gauge", "Room that is left where the state folder is: ledger and counters grow there."
+)
 LEDGER_ROWS = MetricName("arks_ledger_rows_total", "counter", "Usage rows written to the ledger.")
 OPEN_LEASES = MetricName("arks_open_leases", "gauge", "Reservations that are neither settled nor released.")
 LEASES_EXPIRED = MetricName(

@@ -391,7 +391,8 @@ async def test_no_request_without_a_valid_token_reaches_an_engine(gateway, engin
     [
         "/", "/metrics", "/sim/requests", "/v1/load_lora_adapter", "/v1/chat/completions/", "/v1/chat//completions/x",
         "/V1/chat/completions", "/v1/models/../../metrics", "/v1/chat/completions/../../../sleep", "/tokenize",
-        "/v1/chat%2Fcompletions/x", "/invocations", "/collective_rpc", "/v1/audio/transcriptions", "/pooling", "/health",
+        "/v1/chat%2Fcompletions/x", "/invocations", "/collective_rpc", "/v1/audio/transcriptions", "/pooling",
+        "/health",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("method", ["POST", "GET", "DELETE"])

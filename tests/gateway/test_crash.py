@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import signal
+import sqlite3
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -158,12 +159,19 @@ async def test_all_killed_and_started_again_on_the_same_state(engine, session, t
 async def test_supervisor_killed_alone_takes_its_parts_along(engine, session, tmp_path):
     """Or the next start would find the port, the socket and the state taken."""
     with running_gateway(tmp_path, POLICY, [engine]) as gateway:
+        async with session.post(gateway.url + CHAT, json=chat(max_tokens=3), headers=ALICE) as old:
+            assert old.status == 200
         async with session.post(gateway.url + CHAT, json=chat(max_tokens=3), headers=ALICE) as answer:
             assert answer.status == 200
+        assert sum_series(await gateway.metrics(session), "arks_state_free_bytes") > 0
         parts = (gateway.extproc_pid, gateway.envoy_pid)
         os.kill(gateway.process.pid, signal.SIGKILL)
         await until(lambda: not any(_alive(pid) for pid in parts), 30)
-    with running_gateway(tmp_path, None, [engine]) as gateway:
+    with contextlib.closing(sqlite3.connect(gateway.state / "arks.db")) as db, db:
+        aged = (86_400_000, old.headers["x-request-id"])
+        db.execute("UPDATE usage SET time_ms = time_ms - ? WHERE request_id = ?", aged)
+    with running_gateway(tmp_path, None, [engine], "--retain-days", "1") as gateway:
+        await until(lambda: gateway.count(old.headers["x-request-id"]) == 0)
         assert gateway.count(answer.headers["x-request-id"]) == 1
 
 

@@ -54,6 +54,7 @@ def fails(capsys, *argv, variables=()):
         (["up", "--state", __file__], "--state: " + __file__ + " is not a folder"),
         (["up", "--concurrency", "0"], "--concurrency: '0' must be a whole number from 1 on"),
         (["up", "--drain-timeout-s", "soon"], "--drain-timeout-s: 'soon' is no duration; write for example 30s"),
+        (["up", "--retain-days", "0.5"], "--retain-days: '0.5' must be a whole number from 1 on"),
         (["extproc"], "--policy is required"),
         (["extproc", "--policy", "/tmp", "--listen", "unix:"], "--listen: unix: needs a path"),
         (["extproc", "--policy", "/tmp", "--listen", "unix:/" + "x" * 107], "the system allows 107"),
