@@ -98,7 +98,7 @@ async def test_traffic_follows_readiness_and_a_leaving_worker_loses_nothing(clus
         assert data[-1] == "[DONE]"
         row = await gateway.row_of(request_id)
         assert (row["completion_tokens"], row["error"], row["accuracy"]) == (1500, "", "exact")
-        assert {each.status for each in answers} == {200}
+        assert [each for each in answers if each.status != 200] == []
         await until(lambda: cluster.announced() == [second], 30)
 
 
