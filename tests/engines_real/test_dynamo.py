@@ -222,7 +222,7 @@ async def test_a_worker_killed_is_an_error_and_its_successor_serves(pod, dynamo_
     answer = await alice.ask(CHAT, chat(max_tokens=1, model=SERVED))
     assert answer.status == 503, answer
     async with asyncio.timeout(30):  # it hears of the worker's end a moment later
-        while await asyncio.to_thread(pod[FRONTEND].probe, "readiness"):
+        while await asyncio.to_thread(pod[FRONTEND].probe, "readiness"):  # noqa: ASYNC110 - another process
             await asyncio.sleep(0.1)
     assert pod[FRONTEND].probe("liveness")
 
