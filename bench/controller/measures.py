@@ -128,7 +128,7 @@ async def steady(controller: Process, extproc: Process, cluster: Cluster, second
     await asyncio.sleep(seconds)
     passed = time.monotonic() - began
     spent = controller.cpu_s - before[0], extproc.cpu_s - before[1]
-    others_cpu = (_others_s() - others_s) / passed / (os.cpu_count() or 1)
+    others_cpu = max(0.0, _others_s() - others_s) / passed / (os.cpu_count() or 1)
     memory = controller.resident_mb, extproc.resident_mb
     writes = cluster.new_writes()
     return Steady(passed, spent[0] / passed, spent[1] / passed, *memory, writes.counts, writes.renewals, others_cpu)
