@@ -35,6 +35,7 @@ from controller.settings import ControllerSettings
 from controller.snapshot.publisher import Publisher
 from controller.status import StatusWriter
 
+INSTALL: Final = "arks crds | kubectl apply --server-side -f -"
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 _log = structlog.get_logger(__name__)
 
@@ -72,6 +73,7 @@ class Controller:
         if not self.discovery.ready.is_set():
             return ["discovery has not answered"]
         waiting = [f"{kind} is not listed yet" for kind in self.watches.unsynced()]
+        waiting = waiting or [f"the kind {kind} is not installed: {INSTALL}" for kind in self.watches.uninstalled()]
         return waiting or (self.publisher.unready() if self.publisher is not None else [])
 
     async def run(self) -> None:

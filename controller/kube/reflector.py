@@ -149,6 +149,11 @@ class Reflector(Generic[T]):
         """Seconds for which the store has not been kept up to date, 0 while the watch is well (or not yet begun)."""
         return 0.0 if self._failing_since is None else self._clock() - self._failing_since
 
+    @property
+    def absent(self) -> bool:
+        """The cluster does not know this kind."""
+        return self._absent_since is not None
+
     async def run(self) -> None:
         """List and watch for ever."""
         failures = 0

@@ -158,6 +158,10 @@ class Watches:
         waiting = [name for name, reflector in self.reflectors.items() if not reflector.synced.is_set()]
         return [name for name in waiting if name != "Secret"]
 
+    def uninstalled(self) -> list[str]:
+        """Kinds of our own that the cluster does not know."""
+        return [kind for kind in kinds.ARKS if self.reflectors[kind].absent]
+
     # -- life ---------------------------------------------------------------------------------------------------------
 
     def subscribe(self, changed: Changed, malformed: Malformed) -> None:

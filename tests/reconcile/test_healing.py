@@ -6,7 +6,8 @@ import asyncio
 
 from controller.kube.resource import Key
 from tests.harness.actor import Actor
-from tests.reconcile.conftest import CRDS, STAND_INS, Room, Running, condition, gateway_kinds
+from tests.harness.kubernetes import KubeApi
+from tests.reconcile.conftest import CRDS, STAND_INS, Room, Running, condition, gateway_kinds, wait_for
 from tests.reconcile.resources import ENDPOINT, GATEWAY, MODEL, PAIR, SINGLE, STORED_MODEL, TOKEN
 
 SECRET = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "hf"}, "stringData": {"HF_TOKEN": "hf_x"}}
@@ -194,3 +195,15 @@ async def test_a_pair_needs_no_group_api(room, running, actor):
     # The router's Deployment is made by the real controllers of Kubernetes.
     await room.phase("ArksDisaggregatedApplication", "pd", "Running")
     assert room.get("ArksDisaggregatedApplication", "pd")["status"]["router"]["readyReplicas"] == 1
+
+
+async def test_our_own_kinds_are_missed_by_name_until_they_are_installed(own_kube_api: KubeApi):
+    running = Running(own_kube_api, own_kube_api.create_namespace())
+    await running.start()
+    try:
+        said = running.controller.unready
+        await wait_for(lambda: any("the kind ArksToken is not installed: arks crds | kubectl" in why for why in said()))
+        await asyncio.to_thread(own_kube_api.apply, CRDS)
+        await wait_for(lambda: not said(), 120.0)
+    finally:
+        await running.stop()
