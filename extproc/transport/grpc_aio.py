@@ -80,10 +80,6 @@ class _Stream:
             log_failure("a call failed", error)
             self.fail(13, "internal error")
 
-    def let_go(self) -> None:
-        if self.call is not None and may_go(self.call):
-            self.finish()
-
     async def serve(self, service: Service) -> None:
         try:
             self.call = service(self)
@@ -190,7 +186,8 @@ class GrpcAioServer:
         await asyncio.wait([stopping], timeout=timeout_s)
         while not stopping.done():
             for stream in list(self._handlers.streams):
-                stream.let_go()
+                if may_go(stream.call):
+                    stream.finish()
             await asyncio.wait([stopping], timeout=LET_GO_EVERY_S)
 
     async def close(self) -> None:

@@ -193,8 +193,7 @@ class Link:
     def let_go(self) -> None:
         """End the streams whose peer may go on without them."""
         for stream in list(self._streams.values()):
-            call = stream.call
-            if call is not None and may_go(call):
+            if may_go(stream.call):
                 stream.finish()
 
     def shut(self) -> None:
@@ -258,10 +257,10 @@ class Link:
             self._resets = self._idle_frames = 0
 
 
-def may_go(call: Call) -> bool:
-    """`on_deadline`; a call that fails is cut."""
+def may_go(call: Call | None) -> bool:
+    """`on_deadline`; a call that fails is cut, and one that was told its end is not asked."""
     try:
-        return call.on_deadline()
+        return call is not None and call.on_deadline()
     except Exception as error:
         log_failure("on_deadline failed", error)
         return False
