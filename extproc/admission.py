@@ -264,6 +264,6 @@ def standing_headers(requests: Standing | None, tokens: Standing | None) -> tupl
             headers += (
                 (f"x-ratelimit-limit-{family}", str(standing.limit)),
                 (f"x-ratelimit-remaining-{family}", str(standing.remaining)),
-                (f"x-ratelimit-reset-{family}", f"{math.ceil(standing.reset_s or QUOTA_RETRY_AFTER_S)}s"),
+                (f"x-ratelimit-reset-{family}", f"{standing.told_reset_s}s"),
             )
     return tuple(headers)

@@ -9,7 +9,7 @@ settle (at most `drain_timeout_s`; then Envoy goes on without us), the journal i
 import asyncio
 import contextlib
 import gc
-import os
+import shutil
 import signal
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -301,7 +301,7 @@ class Gateway:
         watch(names.JOURNAL_WORKING, lambda: float(journal.status.ok))
         watch(names.JOURNAL_QUEUED, lambda: journal.status.queued)
         watch(names.JOURNAL_DROPPED, lambda: journal.status.dropped)
-        watch(names.STATE_FREE, self._free_bytes)
+        watch(names.STATE_FREE, lambda: shutil.disk_usage(self._settings.state_dir).free)
         watch(names.LEDGER_ROWS, lambda: self._ledger.written)
         watch(names.OPEN_LEASES, lambda: store.open_leases)
         watch(names.LEASES_EXPIRED, lambda: store.stats.expired)
@@ -311,10 +311,6 @@ class Gateway:
             watch(names.RATE_LIMIT_TOKENS, self._left)
         watch(names.ENGINE_HEALTHY, lambda: [((state.address,), float(state.healthy)) for state in picker.snapshot()])
         watch(names.ENGINE_IN_FLIGHT, lambda: [((state.address,), state.in_flight) for state in picker.snapshot()])
-
-    def _free_bytes(self) -> int:
-        found = os.statvfs(self._settings.state_dir)
-        return found.f_bavail * found.f_frsize
 
     def _quotas(self, value: Callable[[str, int], int]) -> list[tuple[tuple[str, ...], float]]:
         return [

@@ -4,12 +4,11 @@ A request's reply depends on who asks and which engine was picked, and on nothin
 standing of its limits differs in a few digits only. Building these from scratch cost more than the decision itself.
 """
 
-import math
 from typing import Final, TypeAlias
 
 from apis.headers import DECIDED_HEADERS, PIN_HEADER
 from extproc import messages
-from extproc.limits.model import QUOTA_RETRY_AFTER_S, Lease, Standing
+from extproc.limits.model import Lease, Standing
 
 _UNSET: Final = (f"{PIN_HEADER}-subset", "x-arks-tenant", "x-arks-priority")
 """headers that are the gateway's word, too, but that a reply does not set: a client's copies never pass"""
@@ -95,9 +94,9 @@ class Replies:
         )
 
     def _family(self, family: str, standing: Standing) -> bytes:
-        limit, remaining, reset_s = standing
+        limit, remaining, _ = standing
         left = b"%d" % remaining
-        reset = b"%d" % math.ceil(reset_s or QUOTA_RETRY_AFTER_S)
+        reset = b"%d" % standing.told_reset_s
         key = (family, limit, len(left), len(reset))
         pieces = self._standings.get(key)
         if pieces is None:

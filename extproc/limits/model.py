@@ -4,6 +4,7 @@ Windows are fixed and aligned to UTC (as Arks counts them): a request belongs to
 also when it ends in a later one. `window_s` 0 is a lifetime counter (quota).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple, Protocol, TypeAlias
@@ -48,6 +49,11 @@ class Standing(NamedTuple):
     remaining: int
     reset_s: float
     """until the window ends; 0 for a counter that never resets"""
+
+    @property
+    def told_reset_s(self) -> int:
+        """What clients are told: whole seconds, and of what never resets the same as its retry-after."""
+        return math.ceil(self.reset_s or QUOTA_RETRY_AFTER_S)
 
 
 class Lease(msgspec.Struct):

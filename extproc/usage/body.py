@@ -6,7 +6,7 @@ import re
 import msgspec
 
 from extproc.usage.findings import TOKEN_BYTES, Findings
-from extproc.usage.model import Api, Usage
+from extproc.usage.model import NOT_GENERATING, Api, Usage
 from extproc.usage.shapes import Body, decode_body, failure, merge_anthropic, read_usage, read_usual_body
 
 BODY_MAX = 1024 * 1024
@@ -97,7 +97,7 @@ class JsonTap(Findings):
         """The engine's count; of a body without one, or cut short, its bytes / 4: too many, the envelope is in it."""
         if self.usage is not None:
             return self.usage.completion
-        if self.error or self._api in {"embeddings", "rerank", "score", "count_tokens"}:
+        if self.error or self._api in NOT_GENERATING:
             return 0
         return self.text_bytes // TOKEN_BYTES
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from extproc.usage.model import Api
+from extproc.usage.model import NOT_GENERATING, Api
 
 TEMPLATE_TOKENS = 64
 """default system prompt and special tokens: Qwen2.5 about 20, Llama 3.1 about 30, gpt-oss about 60"""
@@ -185,7 +185,7 @@ def requested_output(api: Api, fields: Mapping[str, msgspec.Raw], cap: int) -> i
     The largest of the limits that the request names (engines disagree on which one wins), times the choices, times the
     prompts of a completions list. Nothing for APIs that generate nothing.
     """
-    if api in {"embeddings", "rerank", "score", "count_tokens"}:
+    if api in NOT_GENERATING:
         return 0
     limits = [limit for name in fields.keys() & _OUTPUT[api] if (limit := _integer(fields[name])) is not None]
     # Without a limit vLLM and SGLang complete 16 tokens, Ollama and llama.cpp go on to the end of their context.

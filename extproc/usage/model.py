@@ -1,11 +1,13 @@
 """What a response tap is told and finds out."""
 
-from typing import Literal, NamedTuple, Protocol, TypeAlias
+from typing import Final, Literal, NamedTuple, Protocol, TypeAlias
 
 Api: TypeAlias = Literal[
     "chat", "completions", "embeddings", "responses", "messages", "count_tokens", "rerank", "score"
 ]
 """count_tokens: Anthropic's question how long a prompt is. A request like any other, which uses no tokens"""
+NOT_GENERATING: Final[frozenset[Api]] = frozenset({"embeddings", "count_tokens", "rerank", "score"})
+"""APIs whose answers hold no completion tokens"""
 
 
 class Usage(NamedTuple):
