@@ -224,12 +224,11 @@ class _Run:
 
     def _error(self) -> None:
         self._engine.scheduler.fail(self._job)
+        anthropic = isinstance(self._answer, MessagesAnswer)
         if self._out is not None:
-            anthropic = isinstance(self._answer, MessagesAnswer)
             self._out.send([_ANTHROPIC_STREAM_ERROR] if anthropic else [_STREAM_ERROR, _DONE])
             self._out.end()
         else:
-            anthropic = isinstance(self._answer, MessagesAnswer)
             self._exchange.reply(500, internal("Internal server error").body(self._plan.flavor, anthropic))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import signal
+from collections.abc import Callable
 
 import pytest
 
@@ -21,28 +22,14 @@ BEGUN = 60  # writes after which the leader is in the midst of its work
 
 
 async def test_a_leader_killed_in_the_midst_of_hundreds_of_writes(hall: Room, start: Start):
-    first, second = await leader_and_deputy(start)
-    mark = hall.api.audit.mark()
-    asking = asyncio.create_task(asyncio.to_thread(ask_for_much, hall))
-    await wait_for(lambda: len(writes(hall, mark)) >= BEGUN)
-    first.end(signal.SIGKILL)
-    assert len(hall.list("HTTPRoute")) < ENDPOINTS
-    await asking
-    await wait_for(lambda: second.leads, 30.0)
+    first, second, mark = await succeeded(hall, start, lambda leader: leader.end(signal.SIGKILL))
     await finished(hall, mark)
     assert {each.user for each in writes(hall, mark)} == {first.user, second.user}
     assert not unfenced(hall, mark)
 
 
 async def test_a_leader_that_slept_through_its_succession_writes_nothing_when_it_wakes(hall: Room, start: Start):
-    first, second = await leader_and_deputy(start)
-    mark = hall.api.audit.mark()
-    asking = asyncio.create_task(asyncio.to_thread(ask_for_much, hall))
-    await wait_for(lambda: len(writes(hall, mark)) >= BEGUN)
-    first.send(signal.SIGSTOP)
-    assert len(hall.list("HTTPRoute")) < ENDPOINTS
-    await asking
-    await wait_for(lambda: second.leads, 30.0)
+    first, second, mark = await succeeded(hall, start, lambda leader: leader.send(signal.SIGSTOP))
     woken = hall.api.audit.mark()
     first.send(signal.SIGCONT)  # while the other writes
     await wait_for(lambda: first.said("leadership lost"))
@@ -62,6 +49,21 @@ async def test_a_leader_that_slept_through_its_succession_writes_nothing_when_it
     await still(hall)
     assert {name for name, version in versions(hall) if (name, version) not in before} == {"many-0"}
     assert first.running
+
+
+async def succeeded(
+    hall: Room, start: Start, stop: Callable[[ControllerProcess], object]
+) -> tuple[ControllerProcess, ControllerProcess, int]:
+    """The leader is stopped in the midst of its writes, and the deputy leads. Both, and where their writes begin."""
+    first, second = await leader_and_deputy(start)
+    mark = hall.api.audit.mark()
+    asking = asyncio.create_task(asyncio.to_thread(ask_for_much, hall))
+    await wait_for(lambda: len(writes(hall, mark)) >= BEGUN)
+    stop(first)
+    assert len(hall.list("HTTPRoute")) < ENDPOINTS
+    await asking
+    await wait_for(lambda: second.leads, 30.0)
+    return first, second, mark
 
 
 async def leader_and_deputy(start: Start) -> tuple[ControllerProcess, ControllerProcess]:
