@@ -58,12 +58,18 @@ class _Numbers(Collector):
         age = GaugeMetricFamily(
             "arks_controller_watch_age_seconds", "Since the API server was last heard.", labels=["kind"]
         )
+        outage = GaugeMetricFamily(
+            "arks_controller_watch_outage_seconds",
+            "For which the store has not been kept up to date; 0: it is well.",
+            labels=["kind"],
+        )
         malformed = GaugeMetricFamily("arks_controller_malformed", "Objects that do not decode.", labels=["kind"])
         for kind, reflector in parts.watches.reflectors.items():
             objects.add_metric([kind], len(reflector.store))
             age.add_metric([kind], reflector.age_s)
+            outage.add_metric([kind], reflector.outage_s)
             malformed.add_metric([kind], len(reflector.malformed))
-        yield from (objects, age, malformed)
+        yield from (objects, age, outage, malformed)
         calls = CounterMetricFamily(
             "arks_controller_api_calls", "Calls to the API server.", labels=["verb", "group", "resource", "outcome"]
         )

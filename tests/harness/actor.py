@@ -107,6 +107,11 @@ class Actor:
             if isinstance(end, Exception):
                 raise end
 
+    @property
+    def up_to_date(self) -> bool:
+        """Does it hear of every change? After an outage it may act seconds later than all others."""
+        return not any(reflector.outage_s for reflector in self._reflectors)
+
     async def again(self) -> None:
         """Look at everything once more, now."""
         seen = self._passes

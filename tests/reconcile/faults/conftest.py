@@ -107,9 +107,9 @@ async def world(
     folder = tmp_path_factory.mktemp("controller")
     process = ControllerProcess(broken_room.api, folder, server=proxy.url, real=_real(request))
     try:
-        async with Actor(broken_room.api, broken_room.namespace):
+        async with Actor(broken_room.api, broken_room.namespace) as actor:
             await wait_for(lambda: process.leads)
-            found = World(broken_room, process)
+            found = World(broken_room, process, actor)
             await found.begin()
             yield found
     finally:
