@@ -11,7 +11,14 @@ from collections.abc import Callable, Iterator
 from typing import Final, Protocol, Self
 
 from aiohttp import web
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    GCCollector,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -99,6 +106,9 @@ class Admin:
         self._parts, self._host, self.port, self._unready = parts, host, port, unready
         self._registry = CollectorRegistry()
         self._registry.register(_Numbers(parts))
+        ProcessCollector(registry=self._registry)
+        PlatformCollector(registry=self._registry)
+        GCCollector(registry=self._registry)
         application = web.Application()
         application.add_routes(
             [

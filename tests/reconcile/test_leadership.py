@@ -6,10 +6,12 @@ import asyncio
 import http.client
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -169,6 +171,10 @@ async def test_the_process_serves_its_health_and_hands_over_when_it_is_stopped(r
     metrics = process.get("/metrics")[1]
     assert "arks_controller_leader 1.0" in metrics
     assert 'arks_controller_objects{kind="ArksApplication"}' in metrics
+    assert "process_resident_memory_bytes " in metrics
+    documented = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    for name in re.findall(r"^# TYPE (arks_\w+) ", metrics, re.MULTILINE):
+        assert f"| `{name}` |" in documented
     began = time.monotonic()
     assert await asyncio.to_thread(process.kill, signal.SIGTERM) == 0
     assert time.monotonic() - began < 10
