@@ -8,7 +8,10 @@ from typing import Final
 from controller.workloads.model import Object, is_ready
 
 _STUCK: Final = frozenset(
-    {"CreateContainerConfigError", "CreateContainerError", "ErrImagePull", "ImagePullBackOff", "InvalidImageName"}
+    {
+        *("CreateContainerConfigError", "CreateContainerError", "InvalidImageName", "ImageInspectError"),
+        *("ErrImagePull", "ErrImageNeverPull", "RegistryUnavailable", "SignatureValidationFailed", "ImagePullBackOff"),
+    }
 )
 _CRASHING: Final = "CrashLoopBackOff"
 
@@ -20,8 +23,19 @@ def stuck(pod: Object) -> str:
             return f"Unschedulable: {each.get('message', '')}".rstrip(": ")
     for waiting in _waiting(pod):
         if waiting.get("reason") in _STUCK:
-            return f"{waiting['reason']}: {waiting.get('message', '')}".rstrip(": ")
+            return _steady(waiting)
     return ""
+
+
+def _steady(waiting: Object) -> str:
+    """The same words during a pull's attempts and between them, else the condition would change with each."""
+    message = waiting.get("message", "")
+    if waiting["reason"] == "ImagePullBackOff":
+        # Since Kubernetes 1.32 `Back-off pulling image "…": ` is followed by the attempt's own reason and message.
+        _, _, cause = message.partition('": ')
+        if cause:
+            return str(cause)
+    return f"{waiting['reason']}: {message}".rstrip(": ")
 
 
 def first_stuck(pods: Iterable[Object]) -> str:
