@@ -11,6 +11,8 @@ from typing import Final, Protocol, TypeAlias
 LET_GO_S: Final = 2.0
 """after a drain's timeout: how long calls are asked whether their peers may go on without them"""
 LET_GO_EVERY_S: Final = 0.02
+HEAR_S: Final = 5.0
+"""and then: how long a peer may take to read that its streams have ended"""
 
 
 class CloseReason(enum.Enum):

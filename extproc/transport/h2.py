@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING, cast
 
 from extproc.transport.connection import Connection
-from extproc.transport.core import LET_GO_EVERY_S, LET_GO_S
+from extproc.transport.core import HEAR_S, LET_GO_EVERY_S, LET_GO_S
 from extproc.transport.link import Limits
 from extproc.transport.listening import CertificateFiles, SocketFile, address_of, listen, tls_context, unix_path
 from extproc.transport.register import Register
@@ -53,6 +53,10 @@ class H2Server:
             for connection in list(self._connections):
                 connection.let_go()
             await asyncio.sleep(LET_GO_EVERY_S)
+        # Whose streams are over waits only for its peer to have heard so, and that may be a busy one.
+        ending = [connection.ended for connection in self._connections if connection.over()]
+        if ending:
+            await asyncio.wait(ending, timeout=HEAR_S)
 
     async def close(self) -> None:
         self._stop_listening()

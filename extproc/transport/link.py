@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _DRAIN_PING: Final = b"draining"
+_LAST_PING: Final = b"all said"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,7 @@ class Link:
         "_resets",
         "_streams",
         "_transport",
+        "_unheard",
         "ended",
     )
 
@@ -98,6 +100,8 @@ class Link:
         self._refuse_after = MAX_WINDOW
         """the last stream our GOAWAY promised to serve; later ones are ignored"""
         self._draining = False
+        self._unheard = False
+        """ended streams in this drain whose peer may still talk on them"""
         self._out: list[bytes | memoryview] = []
         self._reading = False
         """inside data_received, which flushes at its end"""
@@ -185,10 +189,24 @@ class Link:
             self._refuse_after = max(self._last_sid, 0)
             self._out.append(goaway(self._refuse_after, ErrorCode.NO_ERROR))
             self._close_if_drained()
+        elif payload == _LAST_PING and self._draining and not self._streams:
+            self._close()
 
     def _close_if_drained(self) -> None:
-        if self._refuse_after != MAX_WINDOW and not self._streams:
+        if self._refuse_after == MAX_WINDOW or self._streams:
+            return
+        if not self._unheard:
             self._close()
+        elif self._transport is not None:
+            # A socket that is closed while the peer still writes to it is reset, and the ends that we said are lost
+            # with it: Envoy would cut every answer. When this comes back, it has read them.
+            self._unheard = False
+            self._out.append(frame(PING, 0, 0, _LAST_PING))
+            self.flush_soon()
+
+    def over(self) -> bool:
+        """No stream is open."""
+        return not self._streams
 
     def let_go(self) -> None:
         """End the streams whose peer may go on without them."""

@@ -197,6 +197,7 @@ class Output(Link):
         if not half_closed:
             self._out.append(reset(sid, ErrorCode.NO_ERROR))  # RFC 9113 8.1: no more of the request is needed
             self._ignore_rest(sid)
+            self._unheard = self._draining
         self._forget(stream)
         tell_end(stream, CloseReason.DONE)
         if self._draining:

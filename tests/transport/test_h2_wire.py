@@ -316,6 +316,28 @@ async def test_drain_promises_only_what_it_serves(start, book):
     await hang_up(writer)
 
 
+async def test_a_peer_that_still_talks_hears_the_end_of_its_streams_before_the_connection_closes(start, book):
+    """A socket that is closed while its peer writes to it is reset, and what was said last is lost."""
+    server = await start("h2")
+    reader, writer = await connect_raw(server)
+    writer.write(OPENING + frame(1, 4, 1, PATH) + frame(0, 0, 1, message(b"may go")))
+    await reader.readuntil(message(b"may go"))
+    draining = asyncio.ensure_future(server.drain(0.05))
+    await reader.readuntil(b"draining")
+    writer.write(frame(6, 1, 0, b"draining"))
+    await reader.readuntil(b"grpc-status\x010")
+    await reader.readuntil(b"all said")
+    # It was held up meanwhile, and talks on without having read that.
+    writer.write(frame(0, 0, 1, message(b"under way")) + frame(6, 0, 0, b"8 octets"))
+    await reader.readuntil(b"8 octets")
+    assert not draining.done()
+    writer.write(frame(6, 1, 0, b"all said"))
+    await draining
+    assert await reader.read() == b""
+    assert book[0].ends == [CloseReason.DONE]
+    await hang_up(writer)
+
+
 async def test_an_idle_connection_is_drained_at_once(start):
     server = await start("h2")
     reader, writer = await connect_raw(server)
