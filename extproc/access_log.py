@@ -3,7 +3,7 @@
 When an answer ends before its end, ext_proc's own stream is reset the same way whether the client left or the engine
 died. Envoy's gRPC access log carries the response flags that say which; the bootstrap sends it only for requests that
 have any flag, so it costs nothing for all others. A request that broke off waits here for its entry, no longer than
-`PATIENCE_S`: its charge is settled already, only its ledger row and its engine's health record wait.
+`STEPS`: its charge is settled already, only its ledger row and its engine's health record wait.
 """
 
 import asyncio
@@ -21,8 +21,10 @@ log = structlog.get_logger("access_log")
 
 SERVICE: Final = "envoy.service.accesslog.v3.AccessLogService"
 METHOD: Final = f"/{SERVICE}/StreamAccessLogs"
-PATIENCE_S: Final = 1.5
-"""Envoy sends its entries every 100 ms; without such a log the client is taken to have left"""
+STEP_S: Final = 1.0
+STEPS: Final = 5
+"""Envoy sends its entries every 100 ms, a starved one later; without such a log the client is taken to have left. In
+steps, since a process that was held up itself finds its timers due before it has read what came meanwhile"""
 _INVALID_ARGUMENT: Final = 3
 _UNAVAILABLE: Final = 14
 
@@ -56,9 +58,8 @@ class Abandoned:
 
     def wait(self, request_id: str, told: Callable[[str], None]) -> None:
         """`told` is called once with the reason: by an access log entry, or for want of one."""
-        loop = asyncio.get_running_loop()
         waiter = _Waiter(told)
-        waiter.timer = loop.call_later(PATIENCE_S, self._give_up, request_id, waiter)
+        self._step(request_id, waiter)
         self._waiting[request_id].append(waiter)
 
     def tell(self, request_id: str, reason: str) -> None:
@@ -69,6 +70,11 @@ class Abandoned:
             if not waiters:
                 del self._waiting[request_id]
             waiter.end(reason)
+
+    def _step(self, request_id: str, waiter: "_Waiter") -> None:
+        waiter.steps_left -= 1
+        then = self._step if waiter.steps_left else self._give_up
+        waiter.timer = asyncio.get_running_loop().call_later(STEP_S, then, request_id, waiter)
 
     def _give_up(self, request_id: str, waiter: "_Waiter") -> None:
         waiters = self._waiting[request_id]
@@ -101,10 +107,11 @@ class Abandoned:
 
 
 class _Waiter:
-    __slots__ = ("_told", "timer")
+    __slots__ = ("_told", "steps_left", "timer")
 
     def __init__(self, told: Callable[[str], None]) -> None:
         self._told = told
+        self.steps_left = STEPS
         self.timer: asyncio.TimerHandle | None = None
 
     def end(self, reason: str) -> None:
