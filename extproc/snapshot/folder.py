@@ -124,6 +124,7 @@ class FolderSource:
 
     async def _follow(self, thread: ThreadPoolExecutor) -> None:
         pause_s = self._poll_s
+        last_took_s = 0.0
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause_s):
@@ -131,8 +132,11 @@ class FolderSource:
             self._stirred.clear()
             began = time.perf_counter()
             seen = await _in(thread, self._folder.signature)
-            # A folder of very many files is looked at less often; its changes come through events.
-            pause_s = max(self._poll_s, 50 * (time.perf_counter() - began))
+            took_s = time.perf_counter() - began
+            # A folder of very many files is looked at less often; its changes come through events. One slow look alone
+            # may be a busy machine: a stall of two seconds would put the next look off by minutes.
+            pause_s = max(self._poll_s, 50 * min(took_s, last_took_s))
+            last_took_s = took_s
             retry = not self.status.ok and time.monotonic() - self._tried_at > _RETRY_S
             if seen != self._signature or retry:
                 self._signature = await self._still(thread, seen)
