@@ -136,16 +136,19 @@ class Api:
 
     def _refused_by_fault(self, exchange: Exchange, faults: Faults, path: bytes, post: _Post) -> bool:
         """Whether a fault has taken the request over."""
-        if faults.first_byte_delay_ms:
-            delay_s = faults.first_byte_delay_ms / 1e3
-            rest = msgspec.structs.replace(faults, first_byte_delay_ms=0.0)
+        if faults.first_byte_delay_ms or faults.hold:
+            rest = msgspec.structs.replace(faults, first_byte_delay_ms=0.0, hold=False)
 
             def later() -> None:
                 if not exchange.ended and not self._refused_by_fault(exchange, rest, path, post):
                     self._answer(exchange, path, post, rest)
 
-            timer = self._loop.call_later(delay_s, later)
-            exchange.on_lost = timer.cancel
+            if faults.hold:
+                self._engine.faults.hold(exchange, later)
+                exchange.on_lost = lambda: self._engine.faults.forget(exchange)
+            else:
+                timer = self._loop.call_later(faults.first_byte_delay_ms / 1e3, later)
+                exchange.on_lost = timer.cancel
             return True
         flavor = self._engine.settings.flavor
         if faults.close:

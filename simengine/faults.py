@@ -5,6 +5,7 @@ header where the engine was started to heed it. One text form serves flags and h
 name means true. The run-time form is the same record as JSON.
 """
 
+from collections.abc import Callable, Hashable
 from typing import Literal
 
 import msgspec
@@ -23,6 +24,8 @@ class Faults(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     """close the connection without a response"""
     first_byte_delay_ms: float = 0.0
     """withhold status and headers"""
+    hold: bool = False
+    """withhold them until the run-time faults are set again"""
     reset_after_chunks: int | None = None
     """connection reset; 0: right after the headers. A plain answer is reset in the middle of its body."""
     stall_after_chunks: int | None = None
@@ -93,16 +96,26 @@ def _checked(values: dict[str, object]) -> Faults:
 
 
 class ActiveFaults:
-    """The process's present faults; counts down `times`."""
+    """The process's present faults; counts down `times`, and knows who is held until the next ones."""
 
-    __slots__ = ("_left", "current")
+    __slots__ = ("_held", "_left", "current")
 
     def __init__(self, faults: Faults) -> None:
+        self._held: dict[Hashable, Callable[[], None]] = {}
         self.set(faults)
 
     def set(self, faults: Faults) -> None:
         self.current = faults
         self._left = faults.times
+        held, self._held = self._held, {}
+        for go_on in held.values():
+            go_on()
+
+    def hold(self, request: Hashable, go_on: Callable[[], None]) -> None:
+        self._held[request] = go_on
+
+    def forget(self, request: Hashable) -> None:
+        self._held.pop(request, None)
 
     def take(self) -> Faults:
         """The faults of one more generation request."""

@@ -215,3 +215,17 @@ def test_text_form_and_overlay():
     faults = parse_faults("gzip, cut_at=5:10,reset_after_chunks=0")
     assert faults == Faults(gzip=True, cut_at=(5, 10), reset_after_chunks=0)
     assert overlay(faults, Faults(status=500)) == Faults(gzip=True, cut_at=(5, 10), reset_after_chunks=0, status=500)
+
+
+async def test_who_is_held_goes_on_when_the_faults_are_set_again():
+    async with serving(allow_fault_headers=True) as engine, engine.connect() as held, engine.connect() as left:
+        for raw in (held, left):
+            raw.post(CHAT, chat(max_tokens=2), "x-sim-fault: hold")
+        # Those that come after it are served.
+        await engine.json(CHAT, chat())
+        assert (await engine.metrics())["vllm:request_success_total"] == 1
+        left.writer.close()
+        await left.rest()
+        await set_faults(engine)
+        assert (await held.answer())[0] == 200
+        assert (await until_idle(engine))["vllm:request_success_total"] == 2
