@@ -54,7 +54,7 @@ class RawAnswer:
 class RawClient:
     """`async with RawClient(url) as client`. One connection."""
 
-    def __init__(self, url: str, timeout_s: float = 30.0) -> None:
+    def __init__(self, url: str, timeout_s: float = 60.0) -> None:
         parts = urlsplit(url)
         self._host, self._port = parts.hostname or "", parts.port or 80
         self._timeout_s = timeout_s

@@ -45,7 +45,7 @@ def envoy_beside(gateway: Gateway, folder: Path, **settings: Any) -> Iterator[st
 
 def _until_listening(listen: str, process: subprocess.Popen[bytes]) -> None:
     host, _, port = listen.rpartition(":")
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while True:
         try:
             socket.create_connection((host, int(port)), timeout=1).close()

@@ -17,6 +17,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,12 +95,18 @@ class Gateway:
 
     def find_children(self) -> None:
         for task in Path(f"/proc/{self.process.pid}/task").iterdir():
-            for child in (task / "children").read_text().split():
-                command = Path(f"/proc/{child}/cmdline").read_bytes()
-                if b"extproc\0--listen" in command:
-                    self.extproc_pid = int(child)
-                elif b"envoy.json" in command:
-                    self.envoy_pid = int(child)
+            # Threads and processes may end while we look.
+            with contextlib.suppress(OSError):
+                for child in (task / "children").read_text().split():
+                    self._know(int(child))
+
+    def _know(self, pid: int) -> None:
+        with contextlib.suppress(OSError):
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+            if b"extproc\0--listen" in command:
+                self.extproc_pid = pid
+            elif b"envoy.json" in command:
+                self.envoy_pid = pid
 
     def usage(self, limit: int = 100_000) -> list[dict[str, Any]]:
         """The ledger's rows in the order of admission, as `arks usage --json` prints them."""
@@ -107,19 +114,19 @@ class Gateway:
         usage.run(usage.UsageSettings(self.state, True, None, None, None, None, limit), out)
         return [json.loads(line) for line in out.getvalue().splitlines()]
 
-    async def rows(self, count: int, timeout_s: float = 30.0) -> list[dict[str, Any]]:
+    async def rows(self, count: int, timeout_s: float = 60.0) -> list[dict[str, Any]]:
         """The rows once there are at least `count`: the journal writes within 100 ms, a disconnect takes a moment."""
         await until(lambda: self.count() >= count, timeout_s)
         return self.usage()
 
-    async def rows_of(self, request_id: str, count: int = 1, timeout_s: float = 30.0) -> list[dict[str, Any]]:
+    async def rows_of(self, request_id: str, count: int = 1, timeout_s: float = 60.0) -> list[dict[str, Any]]:
         """The rows of one request, by attempt, once there are `count`."""
         await until(lambda: self.count(request_id) >= count, timeout_s)
         found = [row for row in self.usage() if row["request_id"] == request_id]
         assert len(found) == count, found
         return sorted(found, key=lambda row: int(row["attempt"]))
 
-    async def row_of(self, request_id: str, timeout_s: float = 30.0) -> dict[str, Any]:
+    async def row_of(self, request_id: str, timeout_s: float = 60.0) -> dict[str, Any]:
         return (await self.rows_of(request_id, 1, timeout_s))[0]
 
     def count(self, request_id: str | None = None) -> int:
@@ -137,7 +144,7 @@ class Gateway:
     def stats(self, pattern: str) -> dict[str, int]:
         """Envoy's own counters whose names match the expression."""
         address = (self.state / "envoy-admin").read_text().strip().removeprefix("unix:")
-        connection = http.client.HTTPConnection("envoy", timeout=10)
+        connection = http.client.HTTPConnection("envoy", timeout=60)
         with contextlib.closing(socket.socket(socket.AF_UNIX)) as connection.sock:
             connection.sock.connect(address)
             connection.request("GET", f"/stats?format=json&filter={pattern}")
@@ -151,6 +158,24 @@ class Gateway:
     async def metrics(self, session: aiohttp.ClientSession) -> str:
         async with session.get(f"{self.admin}/metrics") as answer:
             return await answer.text()
+
+    async def metric(self, session: aiohttp.ClientSession, name: str) -> float:
+        """Sum of a metric's series now."""
+        return sum_series(await self.metrics(session), name)
+
+    async def until_metric(
+        self, session: aiohttp.ClientSession, name: str, holds: Callable[[float], bool], timeout_s: float = 60.0
+    ) -> str:
+        """The whole exposition once the metric's sum is as wanted. Raises TimeoutError."""
+        async with asyncio.timeout(timeout_s):
+            while not holds(sum_series(found := await self.metrics(session), name)):  # noqa: ASYNC110 - as in until
+                await asyncio.sleep(0.02)
+            return found
+
+    def streams(self, what: str) -> int:
+        """Envoy's count of ext_proc streams: started, closed, ..."""
+        found = self.stats(f"ext_proc.*streams_{what}$")
+        return sum(found.values())
 
     async def ready(self, session: aiohttp.ClientSession) -> dict[str, Any]:
         async with session.get(f"{self.admin}/readyz") as answer:
@@ -166,11 +191,18 @@ class Gateway:
         hidden.replace(self.policy / name)
 
 
-async def until(holds: Callable[[], bool], timeout_s: float = 30.0) -> None:
+async def until(holds: Callable[[], bool], timeout_s: float = 60.0) -> None:
     """Poll what another process does. Raises TimeoutError."""
     async with asyncio.timeout(timeout_s):
         while not holds():  # noqa: ASYNC110 - nothing here could set an event
             await asyncio.sleep(0.03)
+
+
+def past_midnight(margin_s: float = 60.0) -> None:
+    """Daily windows are those of the clock (UTC): close before the end of one, wait for the next."""
+    left_s = 86_400 - time.time() % 86_400
+    if left_s < margin_s:
+        time.sleep(left_s + 0.1)
 
 
 def on_this_machine(bound_s: float) -> float:
@@ -250,7 +282,10 @@ def environment() -> dict[str, str]:
 
 @contextlib.contextmanager
 def running_engine(*flags: str, model: str = "qwen-7b", listen: str = "127.0.0.1:0") -> Iterator[Engine]:
-    command = [sys.executable, "-m", "simengine", "--listen", listen, "--model", model, *flags]
+    # Its connections stay as long as a test lasts: where an engine closes one just as Envoy uses it again, a request is
+    # asked twice, and Envoy's second of margin is no more than a starved process loses.
+    command = [sys.executable, "-m", "simengine", "--listen", listen, "--model", model]
+    command += ["--keep-alive-timeout-s", "300", *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         assert process.stdout is not None
@@ -294,7 +329,7 @@ def running_gateway(folder: Path, text: str | None, engines: Sequence[Engine | s
     finally:
         process.send_signal(signal.SIGTERM)
         try:
-            process.wait(40)
+            process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

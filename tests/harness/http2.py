@@ -23,7 +23,7 @@ async def http2_request(
     say_length: bool = True,
     trailers: Mapping[str, str] | None = None,
     reset_after_bytes: int | None = None,
-    timeout_s: float = 30.0,
+    timeout_s: float = 60.0,
 ) -> RawAnswer:
     """Raises ConnectionResetError where the stream is reset. With `reset_after_bytes` of the answer's body it is we who
     reset the stream, and the connection stays as it is for a moment.
