@@ -44,7 +44,7 @@ def reason_of(flags: ResponseFlags) -> str:
         return ENGINE_LOST
     if flags.stream_idle_timeout or flags.upstream_request_timeout or flags.duration_timeout:
         return STREAM_TIMEOUT
-    if flags.downstream_connection_termination or flags.downstream_protocol_error:
+    if flags.downstream_connection_termination or flags.downstream_remote_reset or flags.downstream_protocol_error:
         return CLIENT_DISCONNECTED
     return ""
 

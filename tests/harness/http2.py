@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 
 import h2.config
 import h2.connection
+import h2.errors
 import h2.events
 
 from tests.harness.client import RawAnswer
@@ -97,7 +98,7 @@ class _Exchange:
                 self._http2.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
                 most = self._reset_after_bytes
                 if most is not None and not self._ended and sum(map(len, self._body)) >= most:
-                    self._http2.reset_stream(event.stream_id)
+                    self._http2.reset_stream(event.stream_id, h2.errors.ErrorCodes.CANCEL)
                     await self._write()
                     self._ended = True
                     await asyncio.sleep(0.3)
