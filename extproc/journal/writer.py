@@ -139,7 +139,7 @@ class Journal:
 
     # -- blocking; not for the event loop
 
-    def flush(self, timeout_s: float = 5.0) -> bool:
+    def flush(self, timeout_s: float = 30.0) -> bool:
         """Wait until everything queued before this call is durable."""
         with self._durable:
             self._asked += 1

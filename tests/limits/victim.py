@@ -1,8 +1,13 @@
-"""A process that works until it is killed: `python -m tests.limits.victim STATE`. Prints what it acknowledged."""
+"""A process that works until it is killed: `python -m tests.limits.victim STATE`.
+
+Prints what it acknowledged, and what its journal made durable:
+    settled N   N requests are settled and booked
+    saved N     a transaction is committed that began when N were
+"""
 
 import asyncio
+import os
 import sys
-import time
 from pathlib import Path
 
 import uvloop
@@ -18,25 +23,39 @@ RULES = (rpd(10**9), tpd(10**9), quota(10**9), concurrency(100))
 HELD = 7
 
 
+def say(what: str, number: int) -> None:
+    """Both threads speak: one write for each line."""
+    os.write(1, f"{what} {number}\n".encode())
+
+
+class Telling(Journal):
+    settled = 0
+
+    def _flush(self) -> bool:
+        begun = self.settled
+        flushed = super()._flush()
+        if flushed:
+            say("saved", begun)
+        return flushed
+
+
 async def work(state_dir: Path) -> None:
-    journal = Journal(state_dir)
+    journal = Telling(state_dir)
     ledger = SqliteLedger(journal)
     store = MemoryStore(journal=journal, ledger=ledger)
     journal.start()
     for n in range(HELD):
         context = encode_context(record(f"held-{n}"))
         admitted(store.reserve(f"held-{n}", RULES, ONE, ttl_s=3600, context=lambda context=context: context))
-    n = 0
     while True:
+        n = journal.settled
         lease = admitted(store.reserve(f"r{n}", RULES, ONE, ttl_s=60))
         if n % 10 == 0:
             await asyncio.sleep(0.001)
         store.settle(lease, Amounts(1, 10, 5))
         ledger.append(record(f"r{n}"))
-        n += 1
-        # Unix time, and how many requests were settled before it
-        sys.stdout.write(f"{time.time()} {n}\n")
-        sys.stdout.flush()
+        journal.settled = n + 1
+        say("settled", n + 1)
 
 
 if __name__ == "__main__":
