@@ -1,6 +1,7 @@
 """Answers that end before their end: who ended them, what is charged, and what the ledger says."""
 
 import asyncio
+import contextlib
 
 import aiohttp
 import pytest
@@ -26,7 +27,7 @@ def gateway(engine, tmp_path):
 
 @pytest.fixture
 async def session():
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30)) as one:
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120)) as one:
         yield one
 
 
@@ -40,9 +41,11 @@ async def test_client_that_leaves_pays_for_what_it_got(gateway, engine, session)
         answer.close()
     row = (await gateway.rows(1))[0]
     assert (row["status"], row["error"], row["accuracy"]) == (499, "client_disconnected", "estimated")
-    assert 20 <= row["completion_tokens"] <= 60
+    async with asyncio.timeout(60):
+        while await engine.counter(session, "vllm:num_requests_running"):  # noqa: ASYNC110 - another process
+            await asyncio.sleep(0.02)
     generated = await engine.counter(session, "vllm:generation_tokens_total")
-    assert abs(generated - row["completion_tokens"]) <= 15
+    assert 20 <= row["completion_tokens"] <= generated < LONG["max_tokens"]
 
 
 async def test_engine_that_dies_is_not_taken_for_a_client_that_left(gateway, engine, session):
@@ -56,11 +59,13 @@ async def test_engine_that_dies_is_not_taken_for_a_client_that_left(gateway, eng
 
 
 async def test_client_that_leaves_before_the_answer_begins(gateway, session):
-    slow = {**ALICE, "x-sim-fault": "first_byte_delay_ms=5000"}
+    held = {**ALICE, "x-sim-fault": "hold"}
     plain = {**LONG, "stream": False}
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.5), session.post(f"{gateway.url}/v1/chat/completions", json=plain, headers=slow):
-            pass
+    asked = asyncio.create_task(session.post(f"{gateway.url}/v1/chat/completions", json=plain, headers=held))
+    await gateway.until_metric(session, "arks_open_streams", lambda admitted: admitted == 1)
+    asked.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await asked
     row = (await gateway.rows(1))[0]
     assert (row["status"], row["error"], row["completion_tokens"]) == (499, "client_disconnected", 0)
     assert row["prompt_tokens"] > 0

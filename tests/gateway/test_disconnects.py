@@ -1,6 +1,7 @@
 """Answers that end before their end, by client or by engine: charged what was delivered, told apart, stopped."""
 
 import asyncio
+import contextlib
 import json
 import uuid
 
@@ -8,15 +9,26 @@ import aiohttp
 import pytest
 
 from tests.harness.client import CHAT, RawClient, bearer, chat, head
-from tests.harness.gateway import endpoint, policy, quota, running_engine, running_gateway, sum_series, token, until
+from tests.harness.gateway import (
+    backend,
+    endpoint,
+    policy,
+    quota,
+    route,
+    running_engine,
+    running_gateway,
+    sum_series,
+    token,
+    until,
+)
 from tests.harness.http2 import http2_request
 
 LIMIT = 10**9
-POLICY = policy(
-    endpoint(), quota("budget", total=LIMIT), token("alice", "sk-alice", rates={"tpm": LIMIT}, quota="budget")
-)
 ALICE = bearer("sk-alice")
 LONG = chat(stream=True, max_tokens=2000)
+SLOW = {**LONG, "model": "slow"}
+UNDER_WAY = 50
+"""tokens that may be between engine and client when it leaves: five seconds of SLOW"""
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +37,24 @@ def engine():
         yield one
 
 
+@pytest.fixture(scope="module")
+def slow():
+    """Whose tokens are so far apart that a process that is held up loses only few of them."""
+    with running_engine("--itl-ms", "100", model="slow") as one:
+        yield one
+
+
 @pytest.fixture(scope="module", params=["h2", "grpc_aio"])
-def gateway(request, engine, tmp_path_factory):
+def gateway(request, engine, slow, tmp_path_factory):
     folder = tmp_path_factory.mktemp("disconnects")
-    with running_gateway(folder, POLICY, [engine], "--transport", request.param) as one:
+    text = policy(
+        endpoint(),
+        endpoint("slow", routeConfigs=[route("slow", 1)]),
+        backend("slow", slow.address),
+        quota("budget", total=LIMIT),
+        token("alice", "sk-alice", ("qwen-7b", "slow"), rates={"tpm": LIMIT}, quota="budget"),
+    )
+    with running_gateway(folder, text, [engine], "--transport", request.param) as one:
         yield one
 
 
@@ -42,7 +68,7 @@ async def charged(gateway, session) -> float:
 
 async def idle(engine, session) -> None:
     """Until the engine runs nothing: it would otherwise go on for seconds."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while await engine.counter(session, "vllm:num_requests_running"):  # noqa: ASYNC110 - another process
             await asyncio.sleep(0.02)
 
@@ -55,41 +81,45 @@ async def read_events(answer, count: int) -> None:
             return
 
 
-@pytest.mark.parametrize("events", [1, 2, 30])
-async def test_client_that_leaves_pays_for_what_it_got(gateway, engine, session, events):
-    before, generated = await charged(gateway, session), await engine.counter(session, "vllm:generation_tokens_total")
+@pytest.mark.parametrize("events", [1, 2, 6])
+async def test_client_that_leaves_pays_for_what_it_got(gateway, slow, session, events):
+    before, generated = await charged(gateway, session), await slow.counter(session, "vllm:generation_tokens_total")
     headers = asking()
-    async with session.post(gateway.url + CHAT, json=LONG, headers=headers) as answer:
+    async with session.post(gateway.url + CHAT, json=SLOW, headers=headers) as answer:
         await read_events(answer, events)
         answer.close()
     row = await gateway.row_of(headers["x-request-id"])
-    await idle(engine, session)
-    generated = await engine.counter(session, "vllm:generation_tokens_total") - generated
+    await idle(slow, session)
+    generated = await slow.counter(session, "vllm:generation_tokens_total") - generated
     assert (row["status"], row["error"], row["accuracy"]) == (499, "client_disconnected", "estimated")
     assert row["prompt_tokens"] > 0
     # The first event is the role's. What came after the client's last event was delivered to its socket.
     assert events - 1 <= row["completion_tokens"] <= generated
-    assert generated - row["completion_tokens"] <= 25
+    assert generated - row["completion_tokens"] <= UNDER_WAY
     assert generated < 300
     assert await charged(gateway, session) - before == row["prompt_tokens"] + row["completion_tokens"]
 
 
-async def test_http2_client_that_resets_its_stream_pays_for_what_it_got(gateway, engine, session):
+async def test_http2_client_that_resets_its_stream_pays_for_what_it_got(gateway, slow, session):
     headers = {**asking(), "content-type": "application/json"}
-    body = json.dumps(LONG).encode()
-    got = await http2_request(gateway.url, CHAT, headers, body, reset_after_bytes=3000)
+    body = json.dumps(SLOW).encode()
+    got = await http2_request(gateway.url, CHAT, headers, body, reset_after_bytes=1000)
     row = await gateway.row_of(headers["x-request-id"])
     assert (row["status"], row["error"], row["accuracy"]) == (499, "client_disconnected", "estimated")
-    assert got.body.count(b"data: ") - 1 <= row["completion_tokens"] <= got.body.count(b"data: ") + 25
-    await idle(engine, session)
+    count = got.body.count(b"data: ")
+    assert count >= 3
+    assert count - 1 <= row["completion_tokens"] <= count + UNDER_WAY
+    await idle(slow, session)
 
 
 async def test_client_that_leaves_before_the_answer_begins(gateway, engine, session):
     before = await charged(gateway, session)
-    headers = asking("first_byte_delay_ms=10000")
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.3), session.post(gateway.url + CHAT, json=chat(), headers=headers):
-            pass
+    headers = asking("hold")
+    asked = asyncio.create_task(session.post(gateway.url + CHAT, json=chat(), headers=headers))
+    await gateway.until_metric(session, "arks_open_streams", lambda admitted: admitted == 1)
+    asked.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await asked
     row = await gateway.row_of(headers["x-request-id"])
     assert (row["status"], row["error"], row["accuracy"]) == (499, "client_disconnected", "estimated")
     assert (row["completion_tokens"], row["ttft_ms"]) == (0, None)
@@ -98,13 +128,20 @@ async def test_client_that_leaves_before_the_answer_begins(gateway, engine, sess
 
 
 async def test_client_that_leaves_with_its_body_half_sent_is_charged_nothing(gateway, engine, session):
-    rows, before = gateway.count(), await charged(gateway, session)
+    await gateway.until_metric(session, "arks_open_streams", lambda admitted: admitted == 0)
+    before, started = await charged(gateway, session), gateway.streams("started")
+    headers = asking()
     async with RawClient(gateway.url) as client:
-        await client.send(head("POST", CHAT, {**ALICE, "Content-Length": "1000"}) + b'{"model"')
-        await asyncio.sleep(0.1)
-    await asyncio.sleep(0.3)
-    assert gateway.count() == rows
-    assert await charged(gateway, session) == before
+        await client.send(head("POST", CHAT, {**headers, "Content-Length": "1000"}) + b'{"model"')
+        await until(lambda: gateway.streams("started") > started)
+    await until(lambda: gateway.streams("closed") == gateway.streams("started"))
+    # extproc has heard of the end before whatever it is asked next, and rows are written in their order.
+    after = asking()
+    async with session.post(gateway.url + CHAT, json=chat(max_tokens=1), headers=after) as answer:
+        assert answer.status == 200
+    row = await gateway.row_of(after["x-request-id"])
+    assert gateway.count(headers["x-request-id"]) == 0
+    assert await charged(gateway, session) - before == row["prompt_tokens"] + row["completion_tokens"]
 
 
 async def test_client_that_leaves_a_silent_stream(gateway, engine, session):
@@ -128,26 +165,34 @@ async def test_client_that_closes_right_after_the_end_pays_exactly(gateway, engi
     assert (row["completion_tokens"], row["accuracy"]) == (9, "exact")
 
 
-async def is_cut(gateway, session, headers) -> bool:
-    """Ask for a stream that the engine resets. False: so early that Envoy had sent nothing, and could still say 502."""
+async def cut_short(gateway, session, headers) -> bytes | None:
+    """Ask for a stream that the engine resets: what came of it. None: it did so before Envoy had sent anything, and
+    Envoy could still say 502.
+    """
+    body = b""
     async with session.post(gateway.url + CHAT, json=LONG, headers=headers) as answer:
         if answer.status == 502:
             assert (await answer.json())["error"]["code"] == "engine_broken"
-            return False
+            return None
         assert answer.status == 200
-        with pytest.raises(aiohttp.ClientPayloadError):
-            await answer.read()
-        return True
+        try:
+            async for piece in answer.content.iter_any():
+                body += piece
+        except aiohttp.ClientPayloadError:
+            return body
+        raise AssertionError("it was not cut")
 
 
 @pytest.mark.parametrize("chunks", [0, 1, 17])
 async def test_engine_that_resets_its_stream_is_not_taken_for_a_client_that_left(gateway, engine, session, chunks):
     before = await charged(gateway, session)
     headers = asking(f"reset_after_chunks={chunks}")
-    cut = await is_cut(gateway, session, headers)
+    body = await cut_short(gateway, session, headers)
     row = await gateway.row_of(headers["x-request-id"])
     assert (row["status"], row["error"], row["accuracy"]) == (502, "engine_lost", "estimated")
-    assert row["completion_tokens"] == chunks if cut else row["completion_tokens"] <= chunks
+    # Without the role's event. A busy Envoy reads the last chunks together with the reset, and passes them no more on.
+    got = max(0, body.count(b"data: ") - 1) if body else 0
+    assert got <= row["completion_tokens"] <= chunks
     assert await charged(gateway, session) - before == row["prompt_tokens"] + row["completion_tokens"]
 
 
@@ -155,7 +200,7 @@ async def test_engine_that_breaks_off_streams_but_lives_stays_open_to_all(gatewa
     """Some request makes it reset: one tenant's doing is not to close the only engine to everybody."""
     for _ in range(8):
         headers = asking("reset_after_chunks=1")
-        await is_cut(gateway, session, headers)
+        await cut_short(gateway, session, headers)
         await gateway.row_of(headers["x-request-id"])
         async with session.post(gateway.url + CHAT, json=chat(max_tokens=1), headers=ALICE) as answer:
             assert answer.status == 200
@@ -184,7 +229,7 @@ async def test_requests_that_share_an_id_are_each_in_the_ledger(gateway, session
 
 
 async def test_nothing_is_left_open_after_all_of_these(gateway, session):
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while True:
             metrics = await gateway.metrics(session)
             names = ("arks_open_leases", "arks_open_streams", "arks_engine_in_flight")
