@@ -76,7 +76,8 @@ async def test_ledger_and_counters_equal_the_engines_own(parts, session):
     assert prompt == sum([await engine.counter(session, "vllm:prompt_tokens_total") for engine in engines])
     assert completion == sum([await engine.counter(session, "vllm:generation_tokens_total") for engine in engines])
 
-    metrics = await gateway.metrics(session)
+    # Counted by the journal's thread, a moment after the rows can be read.
+    metrics = await gateway.until_metric(session, "arks_ledger_rows_total", lambda count: count >= REQUESTS)
     assert (
         sum_series(metrics, "gateway_token_usage_total") + sum_series(metrics, "gateway_token_usage")
         == prompt + completion
