@@ -1,10 +1,12 @@
-"""Policy that changes under load: in force within a second, no stream dropped; a broken one changes nothing."""
+"""Policy that changes under load: it comes into force, no stream is dropped, and a broken one changes nothing.
+
+How soon is shown where the machine's speed plays no part: `tests/snapshot/test_following_a_folder`.
+"""
 
 import asyncio
 import json
 import subprocess
 import sys
-import time
 import uuid
 
 import pytest
@@ -14,7 +16,6 @@ from tests.harness.gateway import (
     backend,
     document,
     endpoint,
-    on_this_machine,
     policy,
     quota,
     route,
@@ -22,9 +23,9 @@ from tests.harness.gateway import (
     running_gateway,
     sum_series,
     token,
+    until,
 )
 
-IN_FORCE_S = 1.0
 STREAM = chat(stream=True, max_tokens=250)
 ALL = ("qwen-7b", "going", "fresh")
 
@@ -76,23 +77,25 @@ async def ask(gateway, session, secret, **fields):
     return answer.status, told["error"]["code"] if answer.status != 200 else "", answer.headers
 
 
-async def took_s(holds, since_s: float) -> float:
-    """Seconds until `holds()` is true, or a multiple of what is allowed."""
-    while not await holds() and time.monotonic() - since_s < 10 * IN_FORCE_S:  # noqa: ASYNC110
-        await asyncio.sleep(0.01)
-    return time.monotonic() - since_s
+async def becomes(holds) -> None:
+    """Poll until `holds()` is true. Raises TimeoutError."""
+    async with asyncio.timeout(60):
+        while not await holds():  # noqa: ASYNC110 - another process
+            await asyncio.sleep(0.01)
 
 
-async def stream(gateway, session, secret, model) -> tuple[str, bytes]:
+async def stream(gateway, session, secret, model, begun) -> tuple[str, bytes]:
     headers = {**bearer(secret), "x-request-id": str(uuid.uuid4())}
     async with session.post(gateway.url + CHAT, json={**STREAM, "model": model}, headers=headers) as answer:
         assert answer.status == 200
+        await begun.wait()
         return headers["x-request-id"], await answer.read()
 
 
-async def test_changes_are_in_force_within_a_second_and_drop_no_stream(gateway, engine, other, session):
+async def test_changes_come_into_force_and_drop_no_stream(gateway, engine, other, session):
+    begun = asyncio.Barrier(16)
     streams = [
-        asyncio.create_task(stream(gateway, session, secret, model))
+        asyncio.create_task(stream(gateway, session, secret, model, begun))
         for secret, model in [("sk-stays", "qwen-7b"), ("sk-revoked", "qwen-7b"), ("sk-stays", "going")] * 5
     ]
     refused: list[int] = []
@@ -105,12 +108,11 @@ async def test_changes_are_in_force_within_a_second_and_drop_no_stream(gateway, 
                 refused.append(status)
 
     loads = [asyncio.create_task(load()) for _ in range(4)]
-    await asyncio.sleep(0.3)
+    await begun.wait()
     with running_engine("--model", "fresh") as fresh:
         assert (await ask(gateway, session, "sk-stays", model="fresh"))[:2] == (404, "model_not_found")
         assert (await ask(gateway, session, "sk-revoked"))[0] == 200
         gateway.write_policy(after(fresh.address))
-        written_s = time.monotonic()
 
         async def revoked() -> bool:
             return (await ask(gateway, session, "sk-revoked"))[1] == "invalid_token"
@@ -125,12 +127,10 @@ async def test_changes_are_in_force_within_a_second_and_drop_no_stream(gateway, 
         async def removed() -> bool:
             return (await ask(gateway, session, "sk-stays", model="going"))[1] == "model_not_found"
 
-        took = await asyncio.gather(*(took_s(each, written_s) for each in (revoked, changed, added, removed)))
-        assert max(took) < on_this_machine(IN_FORCE_S), took
-        before_rows = gateway.count()
-        assert (await ask(gateway, session, "sk-stays", model="fresh"))[0] == 200
-        await gateway.rows(before_rows + 1)
-        assert fresh.address in {row["engine"] for row in gateway.usage() if row["endpoint"] == "fresh"}
+        await asyncio.gather(*(becomes(each) for each in (revoked, changed, added, removed)))
+        status, _, headers = await ask(gateway, session, "sk-stays", model="fresh")
+        assert status == 200
+        assert (await gateway.row_of(headers["x-request-id"]))["engine"] == fresh.address
         ended = await asyncio.gather(*streams)
         over.set()
         await asyncio.gather(*loads)
@@ -140,7 +140,7 @@ async def test_changes_are_in_force_within_a_second_and_drop_no_stream(gateway, 
         row = await gateway.row_of(request_id)
         assert (row["completion_tokens"], row["accuracy"]) == (250, "exact")
     gateway.write_policy(before(other))
-    assert await took_s(lambda: works_again(gateway, session), time.monotonic()) < on_this_machine(IN_FORCE_S)
+    await becomes(lambda: works_again(gateway, session))
 
 
 async def works_again(gateway, session) -> bool:
@@ -164,14 +164,14 @@ async def test_broken_file_changes_nothing_is_told_and_heals(gateway, session, f
         async def told() -> bool:
             return (await gateway.ready(session))["checks"]["policy"]["current"] is False
 
-        assert await took_s(told, time.monotonic()) < on_this_machine(IN_FORCE_S)
+        await becomes(told)
         ready = await gateway.ready(session)
         assert ready["status"] == 200  # what was in force still is
         [error] = ready["checks"]["policy"]["errors"][:1]
         assert error.startswith("broken.yaml:" + (str(line) if line else ""))
         assert "sk-x" not in json.dumps(ready)
         assert sum_series(await gateway.metrics(session), "arks_policy_broken") == 1
-        assert "broken.yaml" in gateway.log()
+        await until(lambda: "broken.yaml" in gateway.log())
         for secret in ("sk-stays", "sk-revoked", "sk-changed"):
             assert (await ask(gateway, session, secret))[0] == 200
     finally:
@@ -180,7 +180,7 @@ async def test_broken_file_changes_nothing_is_told_and_heals(gateway, session, f
     async def healed() -> bool:
         return bool((await gateway.ready(session))["checks"]["policy"]["current"])
 
-    assert await took_s(healed, time.monotonic()) < on_this_machine(IN_FORCE_S)
+    await becomes(healed)
     assert sum_series(await gateway.metrics(session), "arks_policy_broken") == 0
 
 
@@ -193,7 +193,7 @@ async def test_many_changes_in_a_row_end_at_the_last_one(gateway, other, session
     async def last() -> bool:
         return (await ask(gateway, session, "sk-counted"))[2].get("x-ratelimit-limit-requests") == "1029"
 
-    assert await took_s(last, time.monotonic()) < on_this_machine(IN_FORCE_S)
+    await becomes(last)
 
 
 def test_broken_policy_at_the_first_start_is_refused_with_file_line_and_field(tmp_path):
