@@ -124,23 +124,24 @@ class FolderSource:
 
     async def _follow(self, thread: ThreadPoolExecutor) -> None:
         pause_s = self._poll_s
-        last_took_s = 0.0
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause_s):
                     await self._stirred.wait()
             self._stirred.clear()
-            began = time.perf_counter()
-            seen = await _in(thread, self._folder.signature)
-            took_s = time.perf_counter() - began
-            # A folder of very many files is looked at less often; its changes come through events. One slow look alone
-            # may be a busy machine: a stall of two seconds would put the next look off by minutes.
-            pause_s = max(self._poll_s, 50 * min(took_s, last_took_s))
-            last_took_s = took_s
+            seen, cost_s = await _in(thread, self._look)
+            # A folder of very many files is looked at less often; its changes come through events. By what a look
+            # costs, not by how long it takes: a stall of two seconds would put the next look off by minutes.
+            pause_s = max(self._poll_s, 50 * cost_s)
             retry = not self.status.ok and time.monotonic() - self._tried_at > _RETRY_S
             if seen != self._signature or retry:
                 self._signature = await self._still(thread, seen)
                 await self._reload(thread)
+
+    def _look(self) -> tuple[Signature | None, float]:
+        """With its processor time in seconds."""
+        began_s = time.thread_time()
+        return self._folder.signature(), time.thread_time() - began_s
 
     async def _still(self, thread: ThreadPoolExecutor, seen: Signature | None) -> Signature | None:
         """Wait until two looks agree."""

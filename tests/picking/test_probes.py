@@ -13,7 +13,9 @@ import pytest
 from apis.policy import Endpoint, Route
 from extproc.picking import HealthSettings, Outcome, Picker
 
-FAST = HealthSettings(interval_s=0.05, down_interval_s=0.03, timeout_s=0.2, ejection_s=0.2)
+FAST = HealthSettings(interval_s=0.05, down_interval_s=0.03, timeout_s=60.0, ejection_s=0.2)
+"""however late an answer is on a busy machine, it comes"""
+IMPATIENT = HealthSettings(interval_s=0.05, down_interval_s=0.03, timeout_s=0.2)
 
 
 class Process:
@@ -47,7 +49,7 @@ async def engine(port: int = 0, *flags: str) -> AsyncIterator[Process]:
         stderr=asyncio.subprocess.DEVNULL,
     )
     try:
-        ready = json.loads(await asyncio.wait_for(process.stdout.readline(), 30))
+        ready = json.loads(await asyncio.wait_for(process.stdout.readline(), 60))
         yield Process(process, ready["url"])
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -67,7 +69,7 @@ async def probing(picker: Picker) -> AsyncIterator[None]:
             await task
 
 
-async def until(condition: Callable[[], bool], within_s: float = 10.0) -> None:
+async def until(condition: Callable[[], bool], within_s: float = 60.0) -> None:
     async with asyncio.timeout(within_s):
         while not condition():  # noqa: ASYNC110 - what is awaited happens in another process
             await asyncio.sleep(0.01)
@@ -94,15 +96,15 @@ async def test_a_killed_engine_goes_and_its_successor_on_the_port_is_used():
         async with probing(picker):
             first.signal(signal.SIGKILL)
             await first.process.wait()
-            await until(lambda: picker.pick(target) is None)
-            assert errors(picker) == {"refused"}
+            # One that was under way at the kill breaks, the next are refused.
+            await until(lambda: picker.pick(target) is None and errors(picker) == {"refused"})
             async with engine(first.port):
                 await until(lambda: picker.pick(target) is not None)
 
 
 async def test_a_frozen_engine_goes_after_two_timeouts_and_comes_back():
     async with engine() as frozen, engine() as other:
-        picker, target = fleet(frozen.address, other.address)
+        picker, target = fleet(frozen.address, other.address, health=IMPATIENT)
         async with probing(picker):
             frozen.signal(signal.SIGSTOP)
             await until(lambda: healthy(picker) == {frozen.address: False, other.address: True})
@@ -147,6 +149,7 @@ async def test_an_ejected_engine_is_back_only_after_its_time():
             await until(lambda: healthy(picker)[failing.address])
             assert loop.time() - ejected_s >= FAST.ejection_s - 0.01
             assert len(picker.pick(target).addresses) == 2
+            assert healthy(picker)[other.address]
 
 
 @contextlib.asynccontextmanager
@@ -223,8 +226,9 @@ async def test_an_engine_that_left_the_policy_is_not_asked_any_more():
         picker, _ = fleet(address)
         async with probing(picker):
             await until(lambda: len(seen) >= 2)
+            [known] = picker._engines.values()
             picker.set_policy([])
-            await asyncio.sleep(0.05)
+            await until(lambda: not known.probing)
             asked = len(seen)
             await asyncio.sleep(0.3)
             assert len(seen) == asked
@@ -234,7 +238,7 @@ async def test_an_engine_that_left_the_policy_is_not_asked_any_more():
 
 async def test_more_engines_than_probes_at_once_are_all_asked():
     seen: list[str] = []
-    health = HealthSettings(interval_s=0.05, down_interval_s=0.05, concurrency=2)
+    health = HealthSettings(interval_s=0.05, down_interval_s=0.05, timeout_s=60.0, concurrency=2)
     async with contextlib.AsyncExitStack() as stack:
         addresses = [await stack.enter_async_context(stranger({"/ready": 503}, seen)) for _ in range(9)]
         picker, _ = fleet(*addresses, health=health)
@@ -249,7 +253,7 @@ async def test_a_large_fleet_is_probed_no_faster_than_agreed():
         port = address.rpartition(":")[2]
         fleet_size, each_s = 100, 200
         addresses = [f"127.0.0.{number}:{port}" for number in range(1, fleet_size + 1)]
-        picker, _ = fleet(*addresses, health=HealthSettings(interval_s=0.01, probes_per_s=each_s))
+        picker, _ = fleet(*addresses, health=HealthSettings(interval_s=0.01, timeout_s=60.0, probes_per_s=each_s))
         loop = asyncio.get_running_loop()
         async with probing(picker):
             began_s = loop.time()
@@ -264,12 +268,12 @@ async def test_answers_that_break_off_all_the_time_bring_no_more_probes_than_a_d
     seen: list[str] = []
     each_s = 0.1
     async with stranger({"/ready": 200}, seen) as address:
-        picker, _ = fleet(address, health=HealthSettings(interval_s=3600.0, down_interval_s=each_s))
+        picker, _ = fleet(address, health=HealthSettings(interval_s=3600.0, down_interval_s=each_s, timeout_s=60.0))
         loop = asyncio.get_running_loop()
         async with probing(picker):
             await until(lambda: len(seen) == 1)
             began_s = loop.time()
-            while len(seen) < 4 and loop.time() - began_s < 10:
+            while len(seen) < 4 and loop.time() - began_s < 60:
                 picker.suspect(address)
                 await asyncio.sleep(0.001)
             took_s = loop.time() - began_s
