@@ -15,6 +15,7 @@ from tests.harness.gateway import (
     Gateway,
     backend,
     endpoint,
+    past_midnight,
     policy,
     quota,
     route,
@@ -25,7 +26,7 @@ from tests.harness.gateway import (
 
 MODEL = "qwen-7b"
 MESSAGES = [{"role": "user", "content": "Say something that takes a moment, and not too little of it."}]
-TIMEOUT_S = 30.0
+TIMEOUT_S = 120.0
 
 POLICY = policy(
     endpoint(MODEL),
@@ -42,6 +43,12 @@ POLICY = policy(
     token("unquoted", "sk-unquoted", quota="no-such-quota"),
     token("single", "sk-single", maxConcurrentRequests=1),
 )
+
+
+@pytest.fixture(autouse=True)
+def within_one_day() -> None:
+    """Daily limits begin anew at midnight (UTC)."""
+    past_midnight()
 
 
 @pytest.fixture(scope="package")

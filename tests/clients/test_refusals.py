@@ -107,8 +107,8 @@ async def test_retries_wait_as_long_as_they_are_told_or_are_not_made(clients, sl
     if sleeps:
         told_s = int(error.response.headers["retry-after"])
         assert 1 <= told_s <= PATIENCE_S
-        # The minute moves on between two tries.
-        assert all(0 <= each - told_s <= 30 for each in slept), (slept, told_s)
+        # The minute moves on between two tries, and may end.
+        assert all((each - told_s) % 60 <= 30 for each in slept), (slept, told_s)
     else:
         assert error.response.headers["x-should-retry"] == "false"
 
@@ -152,7 +152,7 @@ async def test_a_body_too_large(openai, anthropic):
 async def test_one_request_at_a_time(clients, gateway):
     openai = await clients.openai("sk-single")
     asked = {"model": MODEL, "messages": MESSAGES, "stream": True}
-    stream = await openai.chat.completions.create(**asked, max_tokens=5000)
+    stream = await openai.chat.completions.create(**asked, max_tokens=100_000)
     await anext(aiter(stream))
     with pytest.raises(openai_sdk.RateLimitError) as caught:
         await openai.chat.completions.create(**asked)
