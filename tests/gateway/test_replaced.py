@@ -96,6 +96,7 @@ async def test_an_answer_that_has_not_begun_comes(gateway, engine, session):
     async with asyncio.timeout(60):
         while not held:
             held = await engine.recorded(session)
+            await asyncio.sleep(0.02)
     await replaced(gateway)
     await engine.faults(session)
     async with await asked as answer:

@@ -61,10 +61,8 @@ class Engine:
 
     async def recorded(self, session: aiohttp.ClientSession) -> list[dict[str, Any]]:
         """The requests that arrived since the last call, oldest first; `body` as bytes. Needs --record."""
-        async with session.get(f"{self.url}/sim/requests") as answer:
+        async with session.delete(f"{self.url}/sim/requests") as answer:
             found = await answer.json()
-        async with session.delete(f"{self.url}/sim/requests"):
-            pass
         return [{**one, "body": base64.b64decode(one["body_base64"]), "headers": dict(one["headers"])} for one in found]
 
     async def faults(self, session: aiohttp.ClientSession, **faults: Any) -> None:

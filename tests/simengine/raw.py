@@ -29,12 +29,12 @@ class Raw:
         self.send(f"GET {path} HTTP/1.1\r\nhost: x\r\n\r\n".encode())
 
     async def head(self) -> tuple[int, dict[str, str]]:
-        text = (await asyncio.wait_for(self.reader.readuntil(b"\r\n\r\n"), 10)).decode()
+        text = (await asyncio.wait_for(self.reader.readuntil(b"\r\n\r\n"), 60)).decode()
         status, *lines = text.rstrip().split("\r\n")
         return int(status.split(" ")[1]), dict(line.split(": ", 1) for line in lines)
 
     async def chunk(self) -> bytes:
-        size = int((await asyncio.wait_for(self.reader.readuntil(b"\r\n"), 10)).strip(), 16)
+        size = int((await asyncio.wait_for(self.reader.readuntil(b"\r\n"), 60)).strip(), 16)
         return (await self.reader.readexactly(size + 2))[:-2]
 
     async def chunks(self) -> list[bytes]:
@@ -53,7 +53,7 @@ class Raw:
         return status, headers, await self.rest()
 
     async def rest(self) -> bytes:
-        return await asyncio.wait_for(self.reader.read(), 10)
+        return await asyncio.wait_for(self.reader.read(), 60)
 
 
 class Engine:

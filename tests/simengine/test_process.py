@@ -24,7 +24,7 @@ async def program(*flags: str) -> AsyncIterator[asyncio.subprocess.Process]:
 
 
 async def ready(process: asyncio.subprocess.Process) -> str:
-    line = json.loads(await asyncio.wait_for(process.stdout.readline(), 30))
+    line = json.loads(await asyncio.wait_for(process.stdout.readline(), 60))
     assert line["event"] == "ready"
     return line["url"]
 
@@ -45,7 +45,7 @@ async def test_sigterm_finishes_streams_and_refuses_new_connections():
         assert await idle.rest() == b""
         assert (await raw.chunks())[-1] == b"data: [DONE]\n\n"
         assert await raw.rest() == b""
-        assert await asyncio.wait_for(process.wait(), 10) == 0
+        assert await asyncio.wait_for(process.wait(), 60) == 0
         assert await process.stdout.read() == b"", "one line only"
         for each in (raw, idle):
             each.writer.close()
@@ -58,7 +58,7 @@ async def test_what_does_not_finish_in_time_is_cut():
         raw.post(CHAT, chat(stream=True))
         await raw.head()
         process.send_signal(signal.SIGTERM)
-        assert await asyncio.wait_for(process.wait(), 10) == 1
+        assert await asyncio.wait_for(process.wait(), 60) == 1
         raw.writer.close()
 
 
@@ -71,7 +71,7 @@ async def test_it_listens_on_a_unix_socket(tmp_path):
         assert (await raw.answer())[0] == 200
         raw.writer.close()
         process.send_signal(signal.SIGINT)
-        assert await asyncio.wait_for(process.wait(), 10) == 0
+        assert await asyncio.wait_for(process.wait(), 60) == 0
         assert not path.exists()
 
 
@@ -80,10 +80,10 @@ async def test_a_taken_port_and_a_wrong_flag_end_it_with_a_reason():
     async with server:
         port = server.sockets[0].getsockname()[1]
         async with program("--listen", f"127.0.0.1:{port}") as process:
-            _, errors = await asyncio.wait_for(process.communicate(), 30)
+            _, errors = await asyncio.wait_for(process.communicate(), 60)
             assert process.returncode == 1
             assert b"cannot listen" in errors
     async with program("--fault", "nonsense") as process:
-        _, errors = await asyncio.wait_for(process.communicate(), 30)
+        _, errors = await asyncio.wait_for(process.communicate(), 60)
         assert process.returncode == 2
         assert b"nonsense" in errors
