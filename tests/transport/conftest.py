@@ -15,7 +15,7 @@ ENDS = {"h2": h2.serve, "grpc_aio": grpc_aio.serve}
 
 async def eventually(condition):
     """Wait for what another task brings about."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110 - the condition is the server's state; nobody sets an event
             await asyncio.sleep(0.001)
 
@@ -30,6 +30,7 @@ class Recorded:
         self.half_closed = False
         self.ends = []
         self.asked = 0
+        self.ended_s = 0.0
         self.over = asyncio.get_running_loop().create_future()
         book.append(self)
 
@@ -74,6 +75,7 @@ class Recorded:
 
     def on_close(self, reason):
         self.ends.append(reason)
+        self.ended_s = asyncio.get_running_loop().time()
         if not self.over.done():
             self.over.set_result(reason)
         if self.messages[-1:] == [b"raise at close"]:

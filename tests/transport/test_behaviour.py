@@ -1,7 +1,9 @@
 """What every server end must do, seen by a stock grpcio client."""
 
 import asyncio
+import contextlib
 import logging
+import socket
 import stat
 
 import grpc
@@ -166,9 +168,13 @@ async def test_cancel_is_heard_as_a_reset(end, start, connect, book):
 
 async def test_a_deadline_of_the_client_ends_the_stream(end, start, connect, book):
     channel = connect(await start(end))
-    call = channel.stream_stream("/t/Call")(timeout=0.3)
-    await call.write(b"nothing")
-    assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    for timeout_s in (0.3, 3, 30):  # on a busy machine it may be over before the server has heard of it
+        call = channel.stream_stream("/t/Call")(timeout=timeout_s)
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            await call.write(b"nothing")
+        assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        if book:
+            break
     # grpcio may read the end of a stream that hits its deadline as a half-close.
     assert await book[0].over in ({CloseReason.RESET} if end == "h2" else {CloseReason.RESET, CloseReason.DONE})
     assert len(book[0].ends) == 1
@@ -236,14 +242,24 @@ async def test_close_ends_open_calls_and_listening(end, start, connect, book):
     await server.close()  # again does nothing
 
 
+def refuses(address):
+    """Whether nobody listens there any more."""
+    host, port = address.rsplit(":", 1)
+    try:
+        socket.create_connection((host, int(port)), 5).close()
+    except OSError:
+        return True
+    return False
+
+
 async def test_drain_serves_what_is_open_and_nothing_new(end, start, connect, book):
     server = await start(end)
     channel = connect(server)
     call = channel.stream_stream("/t/Call")()
     await call.write(b"hello")
     assert await call.read() == b"hello"
-    draining = asyncio.ensure_future(server.drain(20))
-    await asyncio.sleep(0.1)
+    draining = asyncio.ensure_future(server.drain(60))
+    await eventually(lambda: refuses(server.address))
     assert not draining.done()
     late = connect(server).stream_stream("/t/Call")()
     assert await late.code() is grpc.StatusCode.UNAVAILABLE
@@ -251,7 +267,7 @@ async def test_drain_serves_what_is_open_and_nothing_new(end, start, connect, bo
     assert await call.read() == b"still here"
     await call.done_writing()
     assert await call.code() is grpc.StatusCode.OK
-    await asyncio.wait_for(draining, 5)
+    await asyncio.wait_for(draining, 60)
     assert len(book) == 1
 
 
@@ -260,7 +276,7 @@ async def test_drain_gives_up_at_its_timeout(end, start, connect, book):
     call = connect(server).stream_stream("/t/Call")()
     await call.write(b"hello")
     assert await call.read() == b"hello"
-    await asyncio.wait_for(server.drain(0.1), 5)
+    await asyncio.wait_for(server.drain(0.1), 60)
     await server.close()
     assert len(book[0].ends) == 1
 
@@ -276,7 +292,6 @@ async def test_after_its_timeout_a_drain_ends_with_ok_what_may_go_and_cuts_the_r
     for word in (b"may go", b"may go soon"):
         assert await calls[word].read() is grpc.aio.EOF
         assert await calls[word].code() is grpc.StatusCode.OK
-    assert not draining.done()
     await draining
     await server.close()
     for word in (b"stay", b"raise at the deadline"):
@@ -286,6 +301,8 @@ async def test_after_its_timeout_a_drain_ends_with_ok_what_may_go_and_cuts_the_r
         b"may go soon": [CloseReason.DONE],
     }
     assert all(len(call.ends) == 1 for call in book)
+    ended_s = {call.messages[0]: call.ended_s for call in book}
+    assert ended_s[b"may go"] < ended_s[b"may go soon"] < ended_s[b"stay"], "the rest is cut at last"
 
 
 async def test_no_call_is_asked_to_go_before_the_timeout(end, start, connect, book):
@@ -297,7 +314,7 @@ async def test_no_call_is_asked_to_go_before_the_timeout(end, start, connect, bo
     await asyncio.sleep(0.1)
     assert not book[0].asked
     await call.done_writing()
-    await asyncio.wait_for(draining, 5)
+    await asyncio.wait_for(draining, 60)
 
 
 async def test_unix_socket_is_private_replaces_a_stale_file_and_goes_away(end, start, connect, tmp_path):
@@ -371,7 +388,7 @@ async def test_health_watch_hears_changes_and_the_drain(end, start, connect):
     assert await unknown.read() == SERVING
     health.set(EXT_PROC, serving=True)
     assert await watch.read() == SERVING
-    await asyncio.wait_for(server.drain(10), 5)
+    await asyncio.wait_for(server.drain(10), 60)
     assert await watch.read() == NOT_SERVING
     assert await watch.code() is grpc.StatusCode.UNAVAILABLE
     health.set(EXT_PROC, serving=True)

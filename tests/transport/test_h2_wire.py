@@ -62,7 +62,7 @@ class Client:
         return sid
 
     async def until(self, condition):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not condition():
                 self.flush()
                 octets = await self.reader.read(65536)
@@ -301,7 +301,7 @@ async def test_drain_promises_only_what_it_serves(start, book):
     reader, writer = await connect_raw(server)
     writer.write(OPENING + frame(1, 4, 1, PATH) + frame(0, 0, 1, message(b"a")))
     await reader.readuntil(message(b"a"))
-    draining = asyncio.ensure_future(server.drain(10))
+    draining = asyncio.ensure_future(server.drain(60))
     assert await reader.readuntil(b"draining") == goaway((1 << 31) - 1, ErrorCode.NO_ERROR) + frame(
         6, 0, 0, b"draining"
     )
@@ -311,7 +311,7 @@ async def test_drain_promises_only_what_it_serves(start, book):
     assert heard.count(b"grpc-status\x010") == 1
     assert not draining.done()
     writer.write(frame(3, 0, 1, b"\0\0\0\x08"))
-    await asyncio.wait_for(draining, 5)
+    await asyncio.wait_for(draining, 60)
     assert [call.ends for call in book] == [[CloseReason.RESET], [CloseReason.DONE]]
     await hang_up(writer)
 
@@ -343,10 +343,10 @@ async def test_an_idle_connection_is_drained_at_once(start):
     reader, writer = await connect_raw(server)
     writer.write(OPENING)
     await reader.readexactly(9)
-    draining = asyncio.ensure_future(server.drain(10))
+    draining = asyncio.ensure_future(server.drain(60))
     await reader.readuntil(b"draining")
     writer.write(frame(6, 1, 0, b"draining"))
-    await asyncio.wait_for(draining, 5)
+    await asyncio.wait_for(draining, 60)
     assert (await reader.read()).endswith(goaway(0, ErrorCode.NO_ERROR))
     await hang_up(writer)
 
@@ -361,7 +361,7 @@ async def raw(server, octets):
     try:
         writer.write(octets)
         while True:
-            piece = await asyncio.wait_for(reader.read(1 << 16), 3)
+            piece = await asyncio.wait_for(reader.read(1 << 16), 60)
             if not piece:
                 break
             heard += piece
@@ -438,10 +438,10 @@ async def test_abuse_ends_the_connection_and_no_other(start, client, octets, cod
 async def test_a_hundred_thousand_headers_cost_little(start, book):
     server = await start("h2")
     block = PATH + b"\x82" * 16_000  # a small frame, but close to a megabyte when unfolded
-    started = time.perf_counter()
+    started_s = time.process_time()  # others' load is none of its
     heard = await raw(server, OPENING + b"".join(frame(1, 5, sid, block) for sid in range(1, 13, 2)) + b"\xff" * 9)
     assert heard.count(b"grpc-status\x018") == 6
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started_s < 2
     assert book == []
 
 

@@ -53,9 +53,9 @@ async def test_http2_conformance(start, tmp_path):
     host, port = server.address.rsplit(":", 1)
     report = tmp_path / "report.xml"
     process = await asyncio.create_subprocess_exec(
-        program, "-h", host, "-p", port, "-o", "2", "-j", report, stdout=asyncio.subprocess.DEVNULL
+        program, "-h", host, "-p", port, "-o", "20", "-j", report, stdout=asyncio.subprocess.DEVNULL
     )
-    await asyncio.wait_for(process.wait(), 100)
+    await asyncio.wait_for(process.wait(), 200)
     cases, failed = set(), set()
     for suite in ET.parse(report).getroot().iter("testsuite"):
         for case in suite.iter("testcase"):

@@ -47,7 +47,7 @@ def credentials(folder, client=None):
 
 
 async def talk(channel, size=500_000):
-    call = channel.stream_stream("/t/Call")(timeout=10)
+    call = channel.stream_stream("/t/Call")(timeout=60)
     await call.write(b"m" * size)
     await call.done_writing()
     replies = [len(reply) async for reply in call]
@@ -85,7 +85,7 @@ async def test_a_peer_that_does_not_agree_on_http2_is_dropped(start, certificate
 
     def hear():
         with (
-            socket.create_connection((host, int(port)), 5) as plain,
+            socket.create_connection((host, int(port)), 60) as plain,
             context.wrap_socket(plain, server_hostname=host) as s,
         ):
             try:
