@@ -26,7 +26,7 @@ import itertools
 import json
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from controller.kube.client import Client, decoder
 from controller.kube.credentials import from_kubeconfig
@@ -34,6 +34,7 @@ from controller.kube.errors import AlreadyExistsError, KubeError, NotFoundError
 from controller.kube.reflector import Reflector
 from controller.kube.resource import PERSISTENT_VOLUME_CLAIMS, PODS, SERVICES, Key, Resource
 from controller.kube.store import Store
+from tests.harness.hearing import behind
 from tests.harness.kube_proxy import KubeProxy
 from tests.harness.kubelet import Kubelet
 from tests.harness.kubernetes import KubeApi, Object
@@ -49,6 +50,9 @@ EPOCH = "2026-01-01T00:00:00Z"
 
 
 class Actor:
+    acting: ClassVar[set[Actor]] = set()
+    """all that act now"""
+
     def __init__(
         self,
         api: KubeApi,
@@ -62,12 +66,14 @@ class Actor:
         self.loader: Literal["succeed", "fail", "hold"] = "succeed"
         self.message = ""
         self.gateways = True
+        self.api = api
         self._client = Client(from_kubeconfig(str(api.kubeconfig())), field_manager="actor")
         self._namespace = namespace
         self._node, self._proxy = kubelet, proxy
         # What runs on a node leaves in its own time; what we only pretend is gone at once.
         self._grace_s = 0 if kubelet is None else None
         self._changed = asyncio.Event()
+        self._busy = True
         self._loop: asyncio.AbstractEventLoop
         self._passes = 0
         self._addresses = itertools.count(1)
@@ -93,9 +99,11 @@ class Actor:
         for reflector in self._reflectors:
             await reflector.synced.wait()
         self._tasks.append(asyncio.create_task(self._run()))
+        self.acting.add(self)
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self.acting.discard(self)
         for task in self._tasks:
             task.cancel()
         ends = await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -112,6 +120,15 @@ class Actor:
         """Does it hear of every change? After an outage it may act seconds later than all others."""
         return not any(reflector.outage_s for reflector in self._reflectors)
 
+    @property
+    def idle(self) -> bool:
+        """Has it done all that follows from what it has heard?"""
+        return self.up_to_date and not self._busy and not self._changed.is_set()
+
+    def behind(self) -> list[str]:
+        """Kinds of which it has not heard everything. Not to be called on its own loop."""
+        return behind(self.api, self._reflectors)
+
     async def again(self) -> None:
         """Look at everything once more, now."""
         seen = self._passes
@@ -125,6 +142,7 @@ class Actor:
 
     async def _run(self) -> None:
         while True:
+            self._busy = True
             self._changed.clear()
             try:
                 await self._pass()
@@ -132,6 +150,7 @@ class Actor:
                 self._changed.set()
                 await asyncio.sleep(0.05)
             self._passes += 1
+            self._busy = False
             await self._changed.wait()
 
     async def _pass(self) -> None:

@@ -21,12 +21,15 @@ from controller.kube.credentials import from_kubeconfig
 from controller.settings import ControllerSettings
 from tests.harness.actor import Actor
 from tests.harness.envoy_gateway import custom_resources
+from tests.harness.hearing import behind
 from tests.harness.kubernetes import KubeApi, KubeError, Object
 from tests.reconcile.resources import GATEWAY
 
 CRDS = Path(__file__).parents[2] / "manifests" / "crds"
 STAND_INS = Path(__file__).parents[1] / "harness" / "crds"
-TIMEOUT_S = 60.0
+TIMEOUT_S = 90.0
+HASTY = {"lease_s": 3.0, "renew_s": 2.0, "retry_s": 0.3}
+"""of a Lease that is to be lost soon"""
 
 
 def gateway_kinds() -> list[Object]:
@@ -92,18 +95,23 @@ class Room:
         return [(each["type"], each["reason"]) for each in found if each["involvedObject"]["name"] == name]
 
     async def until(self, kind: str, name: str, wanted: Callable[[Object], Any], what: str = "") -> Object:
-        """Wait until the object is there and `wanted` of it is true."""
+        """Wait until the object is there and `wanted` of it is true. What it looks for may not be there yet."""
         seen: list[Object | None] = [None]
+        lacking: list[Exception | None] = [None]
 
         def there() -> Object | None:
-            seen[0] = self.find(kind, name)
-            return seen[0] if seen[0] is not None and wanted(seen[0]) else None
+            seen[0], lacking[0] = self.find(kind, name), None
+            try:
+                return seen[0] if seen[0] is not None and wanted(seen[0]) else None
+            except (LookupError, TypeError) as error:
+                lacking[0] = error
+                return None
 
         try:
             found = await wait_for(there)
         except TimeoutError:
             status = (seen[0] or {}).get("status")
-            raise AssertionError(f"{kind} {name} never: {what or wanted}; it says {status}") from None
+            raise AssertionError(f"{kind} {name} never: {what or wanted}; it says {status}") from lacking[0]
         assert found is not None
         return found
 
@@ -165,7 +173,7 @@ def condition(item: Object, type_: str) -> Object | None:
     return next((each for each in found if each["type"] == type_), None)
 
 
-async def wait_for(check: Callable[[], Any], timeout_s: float = TIMEOUT_S) -> Any:
+async def wait_for(check: Callable[[], Any], timeout_s: float = TIMEOUT_S, what: str = "") -> Any:
     """The first true answer. The call is made in a thread: the controller shares this loop."""
     until = time.monotonic() + timeout_s
     while True:
@@ -173,7 +181,7 @@ async def wait_for(check: Callable[[], Any], timeout_s: float = TIMEOUT_S) -> An
         if found:
             return found
         if time.monotonic() > until:
-            raise TimeoutError
+            raise TimeoutError(f"never: {what}" if what else "never became true")
         await asyncio.sleep(0.05)
 
 
@@ -185,15 +193,16 @@ def room(cluster: KubeApi) -> Iterator[Room]:
 
 
 class Running:
-    """A controller in this process. `stop()` and `start()` are a restart."""
+    """A controller in this process. `stop()` and `start()` are a restart.
+
+    Its Lease is as long as outside: who was starved for some seconds leads on. `HASTY` is for who shall lose it.
+    """
 
     def __init__(self, api: KubeApi, namespace: str, **changes: Any) -> None:
         settings = ControllerSettings(
             namespace=namespace,
             environment={},
-            lease_s=3.0,
-            renew_s=2.0,
-            retry_s=0.3,
+            retry_s=0.5,
             discovery_s=0.3,
         )
         self._api, self.settings = api, replace(settings, **changes)
@@ -220,15 +229,32 @@ class Running:
     async def leading(self) -> None:
         await _until(lambda: self.controller.reconciler is not None and self.controller.lease.is_leader)
 
-    async def quiet(self, for_s: float = 0.6) -> None:
-        """Wait until the queue has been empty for a while."""
-        await self.leading()
-        since = time.monotonic()
-        while time.monotonic() - since < for_s:
-            queue = self.controller.reconciler.queue
-            if queue.depth or queue.in_flight:
-                since = time.monotonic()
-            await asyncio.sleep(0.02)
+    async def quiet(self, for_s: float = 0.4) -> None:
+        """Wait until we and all actors have heard of everything and have done, and said, all that follows from it."""
+        async with asyncio.timeout(TIMEOUT_S):
+            await self.leading()
+            since = time.monotonic()
+            while True:
+                await asyncio.sleep(0.02)
+                if self._busy():
+                    since = time.monotonic()
+                elif time.monotonic() - since >= for_s:
+                    behind = await asyncio.to_thread(self._behind)
+                    if not behind and not self._busy():
+                        return
+                    since = time.monotonic()
+
+    def _busy(self) -> bool:
+        queue, events = self.controller.reconciler.queue, self.controller.events
+        telling = events._sending is not None or not events._waiting.empty()
+        return bool(queue.depth or queue.in_flight or telling) or not all(actor.idle for actor in self._actors())
+
+    def _behind(self) -> list[str]:
+        kinds = behind(self._api, list(self.controller.watches.reflectors.values()))
+        return [*kinds, *(kind for actor in self._actors() for kind in actor.behind())]
+
+    def _actors(self) -> list[Actor]:
+        return [actor for actor in Actor.acting if actor.api is self._api]
 
     def writes(self) -> Counter[tuple[str, ...]]:
         """Writes sent so far, but for the Lease, by what was written."""

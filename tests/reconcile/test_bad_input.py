@@ -93,7 +93,7 @@ async def test_what_the_world_lacks_is_said_with_its_field_and_hurts_nobody(
         one = condition(item, type_)
         return one and (one["status"], one["reason"]) == ("False", reason) and one["message"].startswith(field)
 
-    bad = await room.until(kind, "bad", found, f"{type_}=False {reason}, {field}")
+    await room.until(kind, "bad", found, f"{type_}=False {reason}, {field}")
 
     def warned():
         events = [each for each in room.list("Event") if each["involvedObject"]["name"] == "bad"]
@@ -104,6 +104,9 @@ async def test_what_the_world_lacks_is_said_with_its_field_and_hurts_nobody(
     await running.quiet()
     await all_good(room)
     # And it does not keep the loop busy.
+    bad = room.get(kind, "bad")
+    assert found(bad)
+    await running.quiet()
     assert room.get(kind, "bad")["metadata"]["resourceVersion"] == bad["metadata"]["resourceVersion"]
 
 

@@ -65,6 +65,7 @@ async def test_frontends_come_and_go_with_the_runtime_that_needs_them(room, runn
     room.apply(STORED_MODEL, ENDPOINT)
     room.apply(on(SINGLE, workload), replicas=2)
     await room.until("ArksApplication", "app-qwen", lambda app: app.get("status", {}).get("readyReplicas") == 2)
+    await room.until("ArksEndpoint", "qwen-7b", backends)
     actor.serving = lambda pod: not runs(pod, "dynamo")
     room.patch("ArksApplication", "app-qwen", {"spec": {"runtime": "dynamo", "instanceSpec": {"env": ETCD}}})
     await room.until("Deployment", "app-qwen-frontend", lambda item: item["status"].get("replicas"))

@@ -85,6 +85,7 @@ async def test_a_foreground_deletion_makes_nothing_anew(room, running, actor):
     # Two watches: the Service's end must not come before its owner's deletion, which it never does for the collector.
     known = running.controller.watches.applications
     await wait_for(lambda: known.get((room.namespace, "app-qwen")).metadata.deletion_timestamp)
+    await running.quiet()  # a pass that began before that is over
     room.delete("Service", "arks-application-app-qwen")
     await running.quiet()
     assert room.find("Service", "arks-application-app-qwen") is None

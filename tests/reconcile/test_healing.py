@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
 
 from controller.kube.resource import Key
 from tests.harness.actor import Actor
@@ -11,6 +12,10 @@ from tests.reconcile.conftest import CRDS, STAND_INS, Room, Running, condition, 
 from tests.reconcile.resources import ENDPOINT, GATEWAY, MODEL, PAIR, SINGLE, STORED_MODEL, TOKEN
 
 SECRET = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "hf"}, "stringData": {"HF_TOKEN": "hf_x"}}
+
+
+def in_s(seconds):
+    return (dt.datetime.now(dt.UTC) + dt.timedelta(seconds=seconds)).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def secret(room, name, **data):
@@ -115,13 +120,13 @@ async def test_a_quota_of_another_namespace_is_none(room, running, gateway):
 
 
 async def test_an_expired_token_says_so_when_its_time_has_come(room, running, gateway):
-    import datetime as dt
-
-    soon = (dt.datetime.now(dt.UTC) + dt.timedelta(seconds=2)).strftime("%Y-%m-%dT%H:%M:%SZ")
     token = {"apiVersion": "arks.ai/v1", "kind": "ArksToken", "metadata": {"name": "brief"}}
-    room.apply(token, token="sk-brief", qos=[], expiresAt=soon)
+    room.apply(token, token="sk-brief", qos=[], expiresAt=in_s(3600))
     await room.condition("ArksToken", "brief", "Accepted", "True")
-    await room.condition("ArksToken", "brief", "Accepted", "False", "Expired")
+    soon = in_s(2)
+    room.patch("ArksToken", "brief", {"spec": {"expiresAt": soon}})
+    found = await room.condition("ArksToken", "brief", "Accepted", "False", "Expired")
+    assert found["lastTransitionTime"] >= soon
 
 
 async def test_the_weights_are_loaded_again_into_a_claim_that_was_made_anew(room, running, actor):
@@ -188,9 +193,12 @@ async def test_apis_that_are_installed_later_are_found(own_kube_api):
 
 
 async def test_a_pair_needs_no_group_api(room, running, actor):
+    actor.serving = lambda _pod: False
     room.apply(STORED_MODEL)
     room.apply(PAIR.replace("{name: pd}", "{name: pd, annotations: {arks.ai/workload: lws}}"))
     await room.phase("ArksDisaggregatedApplication", "pd", "Creating")
+    actor.serving = lambda _pod: True
+    await actor.again()
     assert sorted(item["metadata"]["name"] for item in room.list("LeaderWorkerSet")) == ["pd-decode", "pd-prefill"]
     # The router's Deployment is made by the real controllers of Kubernetes.
     await room.phase("ArksDisaggregatedApplication", "pd", "Running")

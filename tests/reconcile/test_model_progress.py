@@ -10,8 +10,9 @@ import pytest
 from controller.kube.errors import UnreachableError
 from controller.kube.resource import Key
 from controller.models.report import Report
-from controller.permissions import NAMESPACE, rbac
+from controller.permissions import NAMESPACE
 from controller.reconcile.downloads import Downloads, fields, words
+from tests.harness.rights import grant
 from tests.models.hubs import Hub
 from tests.models.origin import noise
 from tests.models.pods import LoaderPods
@@ -45,7 +46,7 @@ async def test_a_model_s_status_follows_its_loader_with_the_granted_rights(room,
     commit = hub.push({"config.json": b"{}", "a.safetensors": WEIGHTS})
     permits = asyncio.Semaphore(0)  # one for each chunk of the weights
     hub.storage.gate = SimpleNamespace(wait=permits.acquire)
-    room.api.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}}, *rbac())
+    grant(room.api)
     running = Running(room.api, NAMESPACE, model_progress_s=0.3)
     await running.start(user="controller")
     try:
@@ -53,21 +54,17 @@ async def test_a_model_s_status_follows_its_loader_with_the_granted_rights(room,
         for share in (25, 50, 75):
             for _ in range(8):
                 permits.release()
-            loaded = 2 + share * len(WEIGHTS) // 100
-            model = await room.until(
-                "ArksModel",
-                "qwen-7b",
-                lambda item, loaded=loaded: progress(item).get("bytesDone") == loaded,
-                f"{share} %",
-            )
-            assert model["status"]["phase"] == "ModelLoading"
-            assert model["status"]["progress"] == {
+            wanted = {
                 "percent": share,
-                "bytesDone": loaded,
+                "bytesDone": 2 + share * len(WEIGHTS) // 100,
                 "bytesTotal": 2 + len(WEIGHTS),
                 "filesDone": 1,
                 "filesTotal": 2,
             }
+            model = await room.until(
+                "ArksModel", "qwen-7b", lambda item, wanted=wanted: progress(item) == wanted, f"{share} %"
+            )
+            assert model["status"]["phase"] == "ModelLoading"
             message = condition(model, "ModelLoaded")["message"]
             assert message.startswith(f"loading: {share} % (")
             assert "of 2.0 MiB, 1 of 2 files" in message
@@ -75,7 +72,7 @@ async def test_a_model_s_status_follows_its_loader_with_the_granted_rights(room,
             permits.release()
         ready = await room.phase("ArksModel", "qwen-7b", "Ready")
         assert "progress" not in ready["status"]
-        assert ready["status"]["revision"] == commit
+        await room.until("ArksModel", "qwen-7b", lambda item: item["status"]["revision"] == commit)
         await running.quiet()
         calls = running.client.stats.calls
         assert not [call for call in calls if call[3] == "403"]

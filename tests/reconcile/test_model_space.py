@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 
 from controller.kube.errors import ForbiddenError
-from controller.permissions import NAMESPACE, rbac
+from controller.permissions import NAMESPACE
 from controller.reconcile.claims import Growth, size_of
 from controller.reconcile.desired.quantity import amount
+from tests.harness.rights import grant
 from tests.models.hubs import Hub
 from tests.models.pods import LoaderPods
 from tests.reconcile.conftest import Running, condition, wait_for
@@ -35,7 +36,7 @@ async def loaders(room, tmp_path):
 @pytest.fixture
 async def running(room):
     """With the rights that the manifests grant: claims are patched."""
-    room.api.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}}, *rbac())
+    grant(room.api)
     found = Running(room.api, NAMESPACE)
     await found.start(user="controller")
     try:

@@ -11,6 +11,8 @@ async def test_a_strangers_object_under_a_name_that_we_once_had_is_not_taken(roo
     room.apply(STORED_MODEL, SINGLE)
     await room.phase("ArksApplication", "app-qwen", "Running")
     room.delete("ArksApplication", "app-qwen")
+    # Whoever hears of the Service's end before its owner's makes it anew, and the collector takes it once more.
+    await running.quiet()
     await room.gone("Service", SERVICE)
     await running.quiet()
     spec = {"selector": {"app": "shop"}, "ports": [{"name": "web", "port": 80}]}

@@ -36,13 +36,18 @@ async def test_a_model_is_copied_onto_each_chosen_node_and_onto_later_ones(room,
         storage={"pvc": None, "hostPath": {"path": "/models"}},
         preload={"nodeSelector": {"pool": room.namespace}, "maxParallel": 2},
     )
-    waiting = await room.phase("ArksModel", "qwen-7b", "ModelLoading")
+    await room.until(
+        "ArksModel",
+        "qwen-7b",
+        lambda item: "0 of 3 nodes" in condition(item, "ModelLoaded")["message"] and len(room.list("Job")) == 2,
+        "two of three nodes are filled",
+    )
     await running.quiet()
     jobs = room.list("Job")
     assert len(jobs) == 2
     selected = {job["spec"]["template"]["spec"]["nodeSelector"]["kubernetes.io/hostname"] for job in jobs}
     assert selected <= {first, second, third}
-    assert "0 of 3 nodes" in condition(waiting, "ModelLoaded")["message"]
+    assert room.get("ArksModel", "qwen-7b")["status"]["phase"] == "ModelLoading"
     actor.loader = "succeed"
     await actor.again()
     ready = await room.phase("ArksModel", "qwen-7b", "Ready")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from controller.permissions import NAMESPACE, PERMISSIONS, rbac
+from controller.permissions import NAMESPACE, PERMISSIONS
+from tests.harness.rights import grant
 from tests.reconcile.conftest import Running
 from tests.reconcile.resources import PAIR, QUICKSTART
 
 
 async def test_the_granted_rights_are_enough_for_the_quickstart_and_a_pair(room, actor, gateway):
-    room.api.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}}, *rbac())
+    grant(room.api)
     running = Running(room.api, NAMESPACE)
     await running.start(user="controller")
     try:
