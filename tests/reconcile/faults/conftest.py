@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from controller.permissions import NAMESPACE, rbac
+from controller.permissions import rbac
 from tests.harness import kubernetes
 from tests.harness.actor import Actor
 from tests.harness.go_build import NoGoError
 from tests.harness.kubernetes import CONTROLLERS, KubeApi, Object
+from tests.harness.rights import grant, until_granted
 from tests.harness.tcp_proxy import TcpProxy
 from tests.reconcile.conftest import CRDS, STAND_INS, Room, gateway_kinds, wait_for
 from tests.reconcile.faults.process import ControllerProcess
@@ -48,7 +49,9 @@ def breakable(built: None) -> Iterator[KubeApi]:
 def furnish(api: KubeApi) -> None:
     """What the controller finds in a cluster: kinds, and its rights."""
     api.apply(CRDS, STAND_INS, *gateway_kinds())
-    api.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}}, *rbac(), *_deputy())
+    grant(api)
+    api.apply(*_deputy())
+    until_granted(api, DEPUTY)
 
 
 def _deputy() -> Iterator[Object]:

@@ -13,7 +13,8 @@ from controller.app import run
 from controller.settings import ControllerSettings
 from extproc.observe.logs import configure_logging
 
-HASTE = {"lease_s": 4.0, "renew_s": 2.5, "retry_s": 0.4, "discovery_s": 1.0, "watch_silence_s": 5.0}
+# A process that is starved for two seconds leads on.
+HASTE = {"lease_s": 5.0, "renew_s": 3.5, "retry_s": 0.4, "discovery_s": 1.0, "watch_silence_s": 5.0}
 
 if __name__ == "__main__":
     configure_logging("info", "json")

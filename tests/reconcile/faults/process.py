@@ -91,12 +91,12 @@ class ControllerProcess:
         """(0, why) while it does not answer."""
         if not self.admin:
             return 0, "not started"
-        connection = http.client.HTTPConnection(self.admin, timeout=5)
+        connection = http.client.HTTPConnection(self.admin, timeout=30)
         try:
             connection.request("GET", path)
             answer = connection.getresponse()
             return answer.status, answer.read().decode()
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             return 0, str(error)
         finally:
             connection.close()
@@ -133,10 +133,10 @@ class ControllerProcess:
                 self._process.send_signal(number)
                 self._process.send_signal(signal.SIGCONT)
         try:
-            return self._process.wait(15)
+            return self._process.wait(60)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            return self._process.wait(15)
+            return self._process.wait(60)
 
 
 def _has(line: dict[str, Any], fields: dict[str, Any]) -> bool:

@@ -7,9 +7,10 @@ import asyncio
 import pytest
 
 from controller.permissions import SERVICE_ACCOUNT, rbac
+from tests.harness.rights import until_granted
 from tests.harness.tcp_proxy import TcpProxy
 from tests.reconcile.conftest import wait_for
-from tests.reconcile.faults.world import TOKENS_KEPT, Changing, World, alive, over, seen, writes
+from tests.reconcile.faults.world import TOKENS_KEPT, Changing, World, alive, over, seen, still, writes
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]
 
@@ -42,7 +43,7 @@ async def test_a_frozen(world: World, part: str):
         getattr(api, f"freeze{part}")()
         try:
             await wait_for(lambda: lost() and not process.leads)
-            assert process.metric("arks_controller_watch_age_seconds", kind="ArksToken") > 1.0
+            await wait_for(lambda: process.metric("arks_controller_watch_age_seconds", kind="ArksToken") > 1.0)
             alive(world)
         finally:
             getattr(api, f"thaw{part}")()
@@ -58,6 +59,7 @@ async def test_a_black_hole(world: World, proxy: TcpProxy):
         proxy.black_hole()
         try:
             await wait_for(lambda: lost() and not process.leads)
+            await still(world.room)  # what the API server was given before is written, and in its log
             sent = len(writes(world.room))
             await wait_for(silent)
             alive(world)
@@ -84,6 +86,7 @@ async def test_rights_that_are_taken_away_and_given_back(world: World, proxy: Tc
         for each in bindings:
             api.delete(each["apiVersion"], each["kind"], SERVICE_ACCOUNT, each["metadata"].get("namespace", ""))
         if all_rights:
+            await asyncio.to_thread(until_granted, api, "controller", granted=False)
             proxy.reset()  # who watches already is not asked again
             await wait_for(lambda: refused() and not process.leads)
         else:

@@ -11,6 +11,7 @@ import pytest
 from controller.health import DEAF_S
 from controller.kube.client import SILENCE_S
 from controller.permissions import SERVICE_ACCOUNT, rbac
+from tests.harness.rights import until_granted
 from tests.harness.tcp_proxy import TcpProxy
 from tests.reconcile.conftest import wait_for
 from tests.reconcile.faults.world import Changing, World, alive, over, seen
@@ -35,6 +36,7 @@ async def test_more_than_a_minute_of_403(world: World, proxy: TcpProxy, all_righ
         for each in bindings:
             api.delete(each["apiVersion"], each["kind"], SERVICE_ACCOUNT, each["metadata"].get("namespace", ""))
         if all_rights:
+            await asyncio.to_thread(until_granted, api, "controller", granted=False)
             proxy.reset()
         await last(world, 75.0)
         assert refused() or not all_rights

@@ -45,8 +45,10 @@ async def test_every_one_is_served_once_and_then_all_is_still(hall: Room, tmp_pa
     process = ControllerProcess(hall.api, tmp_path, real=True, policy_stream=stream)
     try:
         async with Actor(hall.api, hall.namespace, kinds=(ROUTES,)):
-            await wait_for(lambda: process.leads, 60.0)
+            await wait_for(lambda: process.leads)
             await asyncio.to_thread(hall.apply, GATEWAY, QUOTA)
+            for kind in ("Gateway", "ArksQuota"):
+                await wait_for(lambda kind=kind: process.metric("arks_controller_objects", kind=kind) == 1)
             await still(hall)
             before_mb, cpu_s, mark, began = process.rss_mb(), process.cpu_s(), hall.api.audit.mark(), time.time()
             await asyncio.to_thread(create, hall)
@@ -57,8 +59,8 @@ async def test_every_one_is_served_once_and_then_all_is_still(hall: Room, tmp_pa
         assert all_right(hall)
         assert process.running
         assert process.get("/healthz") == process.get("/readyz") == (200, "ok")
-        assert process.metric("arks_controller_queue_depth") == 0
-        assert process.metric("arks_controller_objects", kind="ArksToken") == TOKENS
+        await wait_for(lambda: process.metric("arks_controller_queue_depth") == 0)
+        await wait_for(lambda: process.metric("arks_controller_objects", kind="ArksToken") == TOKENS)
         assert process.metric("arks_controller_passes_total", outcome="failed") == 0
         assert not process.tracebacks()
         written = [each for each in writes(hall, mark) if each.namespace == hall.namespace]
