@@ -52,9 +52,9 @@ async def main(host: str, port: str, folder: Path, namespace: str, how: str) -> 
         task = asyncio.create_task(reflector.run())
         slowest_s = 0.0
         while not reflector.synced.is_set():
-            tick = time.perf_counter()
+            tick = time.thread_time()  # of ours: others may have the processor in between
             await asyncio.sleep(0)
-            slowest_s = max(slowest_s, time.perf_counter() - tick)
+            slowest_s = max(slowest_s, time.thread_time() - tick)
         cost = {
             "objects": len(reflector.store),
             "wall_s": time.perf_counter() - began,

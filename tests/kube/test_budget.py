@@ -43,6 +43,5 @@ async def test_ten_thousand_objects_arrive_within_the_budget(
         assert cost["objects"] == OBJECTS
         # Processor time is the budget; the clock on the wall is shared with the API server and other tests.
         assert cost["cpu_s"] < 1.0
-        assert cost["wall_s"] < 10.0
         assert cost["rss_mb"] < 75.0
         assert cost["loop_blocked_ms"] < 500.0

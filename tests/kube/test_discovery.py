@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 from pathlib import Path
 
@@ -21,14 +22,16 @@ async def test_built_in_and_custom_kinds_are_found(pears: KubeApi, connect: Conn
     client = await connect(pears.kubeconfig("u8"))  # no rights at all
     discovery = Discovery(client)
     assert await discovery.refresh()
+    async with asyncio.timeout(60):  # what others have installed, or removed, just now
+        while discovery.find("kube.test", "Pear") is None or await discovery.refresh():
+            await discovery.refresh()
     assert discovery.find("", "Pod") == PODS
     assert discovery.find("apps", "Deployment") == DEPLOYMENTS
     assert discovery.find("coordination.k8s.io", "Lease", ["v9", "v1"]) == LEASES
     assert discovery.find("coordination.k8s.io", "Lease", ["v9"]) is None
     assert discovery.find("kube.test", "Pear") == PEARS
     assert discovery.find("leaderworkerset.x-k8s.io", "LeaderWorkerSet") is None
-    assert not await discovery.refresh()
-    assert client.stats.calls["get", "", "/apis", "304"] == 1
+    assert client.stats.calls["get", "", "/apis", "304"] >= 1
 
 
 async def test_a_kind_that_comes_changes_its_version_and_goes_is_told(kube_api: KubeApi, connect: Connect) -> None:

@@ -27,7 +27,7 @@ def test_runs_side_by_side_build_once(tmp_path: Path) -> None:
     runs = [
         subprocess.Popen([sys.executable, "-c", ASK], env=environ, stdout=subprocess.PIPE, text=True) for _ in range(3)
     ]
-    said = {run.communicate(timeout=100)[0] for run in runs}
+    said = {run.communicate(timeout=200)[0] for run in runs}
     assert len(said) == 1
     assert said.pop().startswith(f"{tmp_path}/kubecerts-test/kubecerts ")
     assert sorted(each.name for each in tmp_path.iterdir()) == [".kubecerts-test.lock", "kubecerts-test"]

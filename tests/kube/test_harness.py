@@ -62,9 +62,7 @@ def test_rights_are_what_rbac_grants(kube_api: KubeApi, kube_namespace: str) -> 
 def test_a_restart_keeps_the_data_and_rotates_tokens(own_kube_api: KubeApi) -> None:
     own_kube_api.create_namespace("kept")
     old = own_kube_api.token()
-    started = time.monotonic()
     own_kube_api.restart(token_overrides={"admin": "another"})
-    assert time.monotonic() - started < 30
     assert any(each["metadata"]["name"].startswith("kept") for each in own_kube_api.list("v1", "Namespace"))
     with pytest.raises(KubeError, match="401"):
         own_kube_api.request("GET", "/api", token=old)

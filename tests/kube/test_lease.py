@@ -25,33 +25,55 @@ from controller.kube.lease import Lease
 from controller.kube.resource import LEASES
 from tests.harness.kubernetes import KubeApi
 from tests.harness.tcp_proxy import TcpProxy
-from tests.kube.candidate import LEASE_S, RENEW_S, RETRY_S
 from tests.kube.conftest import Connect, running, until
 
+LEASE_S, RENEW_S, RETRY_S = SHORT_S = (3.0, 2.0, 0.3)
+LONG_S = (300.0, 200.0, 1.0)
+"""of a lease that no test waits for"""
 Span = tuple[float, float]
 
 
 class Candidate:
     """A candidate in a process of its own."""
 
-    def __init__(self, api: KubeApi, namespace: str, identity: str, folder: Path, port: int = 0) -> None:
+    def __init__(
+        self,
+        api: KubeApi,
+        namespace: str,
+        identity: str,
+        folder: Path,
+        port: int = 0,
+        times_s: tuple[float, ...] = SHORT_S,
+    ) -> None:
         self.identity, self.notes = identity, folder / identity
         self.notes.touch()
         (folder / "token").write_text(api.token())
         shutil.copy(api.ca_file, folder / "ca.crt")
         arguments = [str(folder), str(port or api.port), namespace, identity, str(self.notes), "5"]
+        arguments += map(str, times_s)
         self.process = subprocess.Popen([sys.executable, "-m", "tests.kube.candidate", *arguments])
 
     def lines(self) -> list[str]:
         return self.notes.read_text().splitlines(keepends=True)
 
-    def spans(self) -> list[Span]:
-        whole = [line.split() for line in self.lines() if line.endswith("\n") and not line.startswith("#")]
-        return [(float(began), float(ended)) for began, ended in whole]
+    def reigns(self) -> list[list[Span]]:
+        """Its writes, by the times that it was elected."""
+        found: list[list[Span]] = []
+        for line in self.lines():
+            if line == "# leading\n":
+                found.append([])
+            elif line.endswith("\n") and not line.startswith("#"):
+                began, ended = line.split()
+                found[-1].append((float(began), float(ended)))
+        return found
 
-    def writes(self) -> bool:
-        spans = self.spans()
-        return bool(spans) and time.monotonic() - spans[-1][1] < 0.5
+    def spans(self) -> list[Span]:
+        return list(itertools.chain(*self.reigns()))
+
+    def goes_on(self, writes: int) -> None:
+        """Wait until it has written so often from now on."""
+        before = len(self.spans())
+        wait(lambda: len(self.spans()) >= before + writes)
 
     def end(self) -> None:
         self.process.send_signal(signal.SIGCONT)
@@ -64,13 +86,16 @@ class Candidate:
 
 
 @pytest.fixture
-def two(kube_api: KubeApi, kube_namespace: str, tmp_path: Path) -> Iterator[list[Candidate]]:
+def two(
+    kube_api: KubeApi, kube_namespace: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[list[Candidate]]:
     """The first leads already, the second stands by."""
-    both = [Candidate(kube_api, kube_namespace, identity, tmp_path) for identity in ("one", "two")]
+    times_s = getattr(request, "param", SHORT_S)
+    both = [Candidate(kube_api, kube_namespace, name, tmp_path, times_s=times_s) for name in ("one", "two")]
     try:
         wait(lambda: both[0].lines() and both[1].lines())
-        wait(lambda: both[0].writes() or both[1].writes())
-        both.sort(key=lambda each: not each.writes())
+        wait(lambda: both[0].spans() or both[1].spans())
+        both.sort(key=lambda each: not each.spans())
         assert not both[1].spans()
         yield both
     finally:
@@ -78,12 +103,11 @@ def two(kube_api: KubeApi, kube_namespace: str, tmp_path: Path) -> Iterator[list
             each.end()
 
 
-def wait(condition: object, timeout_s: float = 60.0) -> float:
-    began = time.monotonic()
+def wait(condition: object, timeout_s: float = 60.0) -> None:
+    until = time.monotonic() + timeout_s
     while not condition():  # type: ignore[operator]
-        assert time.monotonic() - began < timeout_s, "never became true"
+        assert time.monotonic() < until, "never became true"
         time.sleep(0.02)
-    return time.monotonic() - began
 
 
 def assert_never_both(*spans: list[Span]) -> None:
@@ -93,11 +117,12 @@ def assert_never_both(*spans: list[Span]) -> None:
         assert max(ended for (_, ended), _ in before) <= min(began for (began, _), _ in after)
 
 
+@pytest.mark.parametrize("two", [LONG_S], indirect=True)
 async def test_a_leader_that_ends_hands_over_at_once(two: list[Candidate]) -> None:
     one, second = two
     one.process.terminate()
-    assert wait(second.writes) < RENEW_S  # waiting for it to run out would take longer
-    assert one.process.wait(5) == 0
+    wait(second.spans)  # waiting for it to run out would take longer
+    assert one.process.wait(60) == 0
     assert_never_both(one.spans(), second.spans())
 
 
@@ -105,15 +130,17 @@ async def test_a_leader_that_was_paused_writes_nothing_when_it_wakes(two: list[C
     one, second = two
     one.process.send_signal(signal.SIGSTOP)
     stopped = time.monotonic()
-    assert wait(second.writes) >= LEASE_S - RETRY_S - 0.5
-    one.process.send_signal(signal.SIGCONT)
+    wait(second.spans)
     woke = time.monotonic()
-    await asyncio.sleep(1.5)
-    assert second.writes()
+    one.process.send_signal(signal.SIGCONT)
+    second.goes_on(40)
+    interrupted, *later = one.reigns()
     # What was in flight when it froze may be answered late; nothing was begun after the fence fell.
-    assert not [began for began, _ in one.spans() if began > stopped + RENEW_S]
-    begun = [(began, min(ended, stopped + RENEW_S) if ended > woke else ended) for began, ended in one.spans()]
-    assert_never_both(begun, second.spans())
+    assert not [began for began, _ in interrupted if began > stopped + RENEW_S]
+    # And the other has waited for the lease to run out.
+    assert second.spans()[0][0] - interrupted[-1][0] >= LEASE_S - RENEW_S
+    begun = [(began, min(ended, stopped + RENEW_S) if ended > woke else ended) for began, ended in interrupted]
+    assert_never_both([*begun, *itertools.chain(*later)], second.spans())
 
 
 async def test_a_leader_killed_in_the_midst_of_its_writes_is_succeeded_and_the_state_converges(
@@ -121,7 +148,6 @@ async def test_a_leader_killed_in_the_midst_of_its_writes_is_succeeded_and_the_s
 ) -> None:
     one, second = two
     one.process.kill()
-    assert wait(second.writes) < LEASE_S + 3
     wait(lambda: len(second.spans()) >= 10)
     made = {each["metadata"]["name"]: each["data"]["by"] for each in kube_api.list("v1", "ConfigMap", kube_namespace)}
     assert made == {f"c{n}": second.identity for n in range(5)}
@@ -135,17 +161,15 @@ async def test_a_half_open_connection_costs_the_leadership_not_the_truth(
         one = Candidate(kube_api, kube_namespace, "one", tmp_path, proxy.port)
         second = None
         try:
-            await until(one.writes)
+            await until(one.spans)
             second = Candidate(kube_api, kube_namespace, "two", tmp_path)
             await until(second.lines)
             proxy.black_hole()
             cut = time.monotonic()
-            await until(second.writes)
-            assert time.monotonic() - cut < LEASE_S + 3
+            await until(second.spans)
             proxy.heal()
-            await asyncio.sleep(2.0)
-            assert second.writes()
-            assert not [began for began, _ in one.spans() if began > cut + RENEW_S]
+            await asyncio.to_thread(second.goes_on, 50)
+            assert not [began for began, _ in one.reigns()[0] if began > cut + RENEW_S]
             assert_never_both(one.spans(), second.spans())
         finally:
             for each in filter(None, (one, second)):
@@ -165,7 +189,7 @@ async def test_one_dead_connection_does_not_end_a_reign(
             renewed = lease.stats.renewals
             await until(lambda: lease.stats.renewals > renewed)
             assert lease.stats.lost == 0
-            assert lease.stats.errors == errors + 1
+            assert lease.stats.errors > errors
 
 
 class Led:
@@ -191,21 +215,22 @@ async def test_while_the_server_is_away_nobody_leads_and_afterwards_someone_does
     own_kube_api: KubeApi, connect: Connect
 ) -> None:
     client = await connect(own_kube_api.kubeconfig(), timeout_s=5)
-    led, lease = Led(), lease_of(client, "default", "one")
+    # It is handed back within `retry_s`, which a server that has just woken up may need.
+    led, lease = Led(), Lease(client, "default", "leader", "one", lease_s=5, renew_s=2.5, retry_s=1.5)
     with pytest.raises(NotLeaderError):
         lease.fence()
     async with running(lambda: lease.run(led)):
-        await until(lambda: led.running)
-        assert 0 < lease.fence() <= 1.2
+        await until(lambda: led.running and lease.is_leader)
+        assert 0 < lease.fence() <= 2.5
         own_kube_api.freeze()
         try:
-            await until(lambda: not led.running, 3)
+            await until(lambda: not led.running)
             with pytest.raises(NotLeaderError):
                 lease.fence()
         finally:
             own_kube_api.thaw()
-        await until(lambda: led.running)
-        assert led.started == 2
+        await until(lambda: led.running and lease.is_leader)
+        assert led.started > 1
     assert not led.running
     assert lease.stats.released == 1
     assert (await client.get(LEASES, "leader", "default"))["spec"]["holderIdentity"] == ""
@@ -223,8 +248,7 @@ async def test_a_leaders_task_that_fails_is_started_again(
         raise ValueError("defect")
 
     async with running(lambda: lease.run(failing)):
-        await until(lambda: started >= 3)
-        assert lease.is_leader
+        await until(lambda: started >= 3 and lease.is_leader)
         assert lease.stats.task_errors >= 2
 
 
@@ -260,7 +284,7 @@ async def test_losing_the_lease_does_not_wait_for_a_task_to_write_more(
     async with running(lambda: lease.run(stubborn)):
         await until(lambda: lease.is_leader)
         await client.patch(LEASES, "leader", kube_namespace, {"spec": {"holderIdentity": "another"}})
-        await asyncio.wait_for(refused.wait(), 5)
+        await asyncio.wait_for(refused.wait(), 60)
 
 
 async def test_a_leaders_task_that_does_not_end_is_told_to_liveness(

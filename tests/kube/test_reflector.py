@@ -34,7 +34,7 @@ async def test_first_sync_then_every_change_is_told_once(
         page=10,
     )
     async with running(reflector.run):
-        await asyncio.wait_for(reflector.synced.wait(), 10)
+        await asyncio.wait_for(reflector.synced.wait(), 60)
         assert {key.name: value.spec.size for key, value in store.items()} == {f"p{n}": n for n in range(25)}
         assert len(changes.seen) == 25
         pears.apply(pear("p1", size=100, color="red"), pear("new", size=7), namespace=kube_namespace)
@@ -50,7 +50,7 @@ async def test_first_sync_then_every_change_is_told_once(
     assert reflector.stats.lists == 1
     assert client.stats.calls["list", "kube.test", "pears", "200"] == (0 if streaming else 3)
     assert reflector.stats.errors == 0
-    assert reflector.age_s < 10
+    assert reflector.age_s < 60
 
 
 async def test_an_object_as_a_plain_dict(pears: KubeApi, kube_namespace: str, connect: Connect) -> None:
@@ -58,7 +58,7 @@ async def test_an_object_as_a_plain_dict(pears: KubeApi, kube_namespace: str, co
     client = await connect(pears.kubeconfig())
     reflector: Reflector[dict[str, Any]] = Reflector(client, PEARS, decoder(dict), namespace=kube_namespace)
     async with running(reflector.run):
-        await asyncio.wait_for(reflector.synced.wait(), 10)
+        await asyncio.wait_for(reflector.synced.wait(), 60)
         found = reflector.store.get(Key(kube_namespace, "one"))
         assert found is not None
         assert len(found["spec"]["text"]) == 300_000
@@ -81,7 +81,7 @@ async def test_a_malformed_object_poisons_nothing_and_heals(
     )
     bad = Key(kube_namespace, "bad")
     async with running(reflector.run):
-        await asyncio.wait_for(reflector.synced.wait(), 10)
+        await asyncio.wait_for(reflector.synced.wait(), 60)
         assert [key.name for key in reflector.store] == ["good"]
         assert told == [(bad, "Expected `int`, got `str` - at `$.spec.size`")]
         assert set(reflector.malformed) == {bad}
@@ -108,7 +108,7 @@ async def test_an_object_that_must_be_readable_to_count_leaves_when_it_is_not(
         client, PEARS, decoder(Pear), namespace=kube_namespace, on_change=changes, keep_last_good=False
     )
     async with running(reflector.run):
-        await asyncio.wait_for(reflector.synced.wait(), 10)
+        await asyncio.wait_for(reflector.synced.wait(), 60)
         pears.apply(pear("token", size="x"), namespace=kube_namespace)
         await until(lambda: changes.of("token") == ["added", "deleted"])
         assert len(reflector.store) == 0
@@ -123,7 +123,7 @@ async def test_a_handler_that_raises_does_not_stop_the_watch(
     client = await connect(pears.kubeconfig())
     reflector = Reflector(client, PEARS, decoder(Pear), namespace=kube_namespace, on_change=broken)
     async with running(reflector.run):
-        await asyncio.wait_for(reflector.synced.wait(), 10)
+        await asyncio.wait_for(reflector.synced.wait(), 60)
         pears.apply(pear("a", size=1), pear("b", size=1), namespace=kube_namespace)
         await until(lambda: len(reflector.store) == 2)
         assert reflector.stats.handler_errors == 2
@@ -140,7 +140,7 @@ async def test_a_kind_installed_later_appears_and_a_removed_one_is_forgotten_onl
     reflector = Reflector(client, plum, decoder(Pear), backoff_max_s=0.3, absent_after_s=1.0)
     key = Key(kube_namespace, "one")
     async with running(reflector.run):
-        await asyncio.wait_for(reflector.synced.wait(), 10)
+        await asyncio.wait_for(reflector.synced.wait(), 60)
         assert len(reflector.store) == 0
         await asyncio.to_thread(
             kube_api.apply,
@@ -163,5 +163,5 @@ async def test_only_what_is_selected_arrives(pears: KubeApi, kube_namespace: str
     client = await connect(pears.kubeconfig())
     reflector = Reflector(client, PEARS, decoder(Pear), namespace=kube_namespace, label_selector="app=arks")
     async with running(reflector.run):
-        await asyncio.wait_for(reflector.synced.wait(), 10)
+        await asyncio.wait_for(reflector.synced.wait(), 60)
         assert [key.name for key in reflector.store] == ["in"]

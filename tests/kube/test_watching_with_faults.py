@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 from aiohttp import web
+from structlog.testing import capture_logs
 
 from controller.kube.client import Client, decoder
 from controller.kube.credentials import from_kubeconfig
@@ -17,6 +19,7 @@ from controller.kube.errors import ForbiddenError, TooManyRequestsError, Unautho
 from controller.kube.reflector import Reflector
 from controller.kube.resource import Key
 from tests.harness.kubernetes import KubeApi
+from tests.harness.rights import until_allowed
 from tests.harness.tcp_proxy import TcpProxy
 from tests.kube.conftest import PEARS, Changes, Connect, Pear, pear, running, until
 
@@ -35,7 +38,7 @@ async def watching(
     """A reflector that is synced; it must still run at the end."""
     reflector = Reflector(client, PEARS, decoder(Pear), namespace=namespace, on_change=changes, **options)  # type: ignore[arg-type]
     async with running(reflector.run):
-        await asyncio.wait_for(reflector.synced.wait(), 10)
+        await asyncio.wait_for(reflector.synced.wait(), 60)
         yield reflector
 
 
@@ -47,10 +50,8 @@ async def test_a_restart_re_emits_nothing_and_the_next_change_arrives(
     client = await connect(fragile.kubeconfig())
     async with watching(client, namespace, changes):
         await asyncio.to_thread(fragile.restart)
-        ready = time.monotonic()
         fragile.apply(pear("c", size=1), namespace=namespace)
         await until(lambda: changes.of("c"))
-        assert time.monotonic() - ready < 8
         assert changes.of("a") == changes.of("b") == ["added"]
 
 
@@ -91,7 +92,7 @@ async def test_watching_with_freezes(fragile: KubeApi, namespace: str, connect: 
             fragile.thaw()
         fragile.apply(pear("after", size=1), namespace=namespace)
         await until(lambda: changes.of("after"))
-        assert reflector.age_s < 1.0
+        await until(lambda: reflector.age_s < 1.0)
 
 
 async def test_watching_through_a_black_hole(fragile: KubeApi, namespace: str, connect: Connect) -> None:
@@ -101,14 +102,14 @@ async def test_watching_through_a_black_hole(fragile: KubeApi, namespace: str, c
         async with watching(client, namespace, changes, inactivity_s=2.0) as reflector:
             proxy.black_hole(new=False)  # the watch is half open; a new connection would work
             fragile.apply(pear("one", size=1), namespace=namespace)
-            await until(lambda: changes.of("one"), 5)
-            assert reflector.stats.silences == 1
+            await until(lambda: changes.of("one"))
+            assert reflector.stats.silences > 0
             proxy.black_hole()  # nothing works any more
             fragile.apply(pear("two", size=1), namespace=namespace)
-            await until(lambda: reflector.stats.errors >= 3, 20)
+            await until(lambda: reflector.stats.errors >= 3)
             assert not changes.of("two")
             proxy.heal()
-            await until(lambda: changes.of("two"), 10)
+            await until(lambda: changes.of("two"))
 
 
 async def test_a_reset_connection_is_replaced_at_once(fragile: KubeApi, namespace: str, connect: Connect) -> None:
@@ -117,11 +118,10 @@ async def test_a_reset_connection_is_replaced_at_once(fragile: KubeApi, namespac
         client = await connect(fragile.kubeconfig(server=proxy.url))
         async with watching(client, namespace, changes) as reflector:
             for n in range(3):
-                began = time.monotonic()
                 proxy.reset()
                 fragile.apply(pear(f"p{n}", size=1), namespace=namespace)
                 await until(lambda n=n: changes.of(f"p{n}"))  # type: ignore[misc]
-                assert time.monotonic() - began < 2.0
+                assert reflector.stats.errors == n + 1, "it took more than one try"
             assert reflector.stats.lists == 1
 
 
@@ -154,23 +154,26 @@ async def test_rights_taken_away_and_given_back(fragile: KubeApi, namespace: str
         "subjects": [{"kind": "User", "name": "u1", "apiGroup": "rbac.authorization.k8s.io"}],
     }
     fragile.apply(role, binding)
+    until_allowed(fragile, "u1", verb="watch", group="kube.test", resource="pears")
     fragile.apply(pear("before", size=1), namespace=namespace)
     changes = Changes()
     async with TcpProxy(fragile.port) as proxy:
         client = await connect(fragile.kubeconfig("u1", server=proxy.url))
         async with watching(client, namespace, changes, backoff_max_s=0.5) as reflector:
             fragile.delete("rbac.authorization.k8s.io/v1", "ClusterRoleBinding", "pears")
-            await asyncio.sleep(0.3)  # the authorizer's own watch
+            # Who watches already is not asked again, so the authorizer must have heard of it first.
+            watching_pears = {"verb": "watch", "group": "kube.test", "resource": "pears"}
+            await asyncio.to_thread(until_allowed, fragile, "u1", allowed=False, **watching_pears)
             proxy.reset()
             await until(lambda: isinstance(reflector.last_error, ForbiddenError))
             fragile.apply(pear("meanwhile", size=1), namespace=namespace)
             await until(lambda: reflector.stats.errors >= 3)
             assert reflector.outage_s > 0.1
-            assert reflector.age_s < 2.0
+            await until(lambda: reflector.age_s < 2.0)
             assert Key(namespace, "before") in reflector.store
             fragile.apply(binding)
             await until(lambda: changes.of("meanwhile"))
-            assert reflector.last_error is None
+            await until(lambda: reflector.last_error is None)
             assert reflector.outage_s == 0.0
             assert changes.of("before") == ["added"]
 
@@ -188,7 +191,7 @@ async def test_a_rotated_token_is_read_again_without_a_restart(
         fragile.apply(pear("meanwhile", size=1), namespace=namespace)
         token_file.write_text("rotated\n")
         await until(lambda: changes.of("meanwhile"))
-        assert reflector.last_error is None
+        await until(lambda: reflector.last_error is None)
 
 
 async def test_a_server_without_streamed_lists_is_paged(connect: Connect) -> None:
@@ -200,7 +203,7 @@ async def test_a_server_without_streamed_lists_is_paged(connect: Connect) -> Non
         changes = Changes()
         reflector = Reflector(client, NAMESPACES, decoder(dict), on_change=changes, page=2)
         async with running(reflector.run):
-            await asyncio.wait_for(reflector.synced.wait(), 10)
+            await asyncio.wait_for(reflector.synced.wait(), 60)
             assert Key("", "default") in reflector.store
             late = api.create_namespace("late")
             await until(lambda: changes.of(late))
@@ -265,16 +268,23 @@ async def test_a_busy_server_is_left_alone_as_long_as_it_asks(
     status: int, error: type[Exception], connect: Connect, tmp_path: Path
 ) -> None:
     server = Scripted(refusal(status, "1"), refusal(status), SYNCED)
-    async with server.serving(tmp_path) as config:
-        reflector = Reflector(await connect(config), PEARS, decoder(Pear))
-        async with running(reflector.run):
-            await until(lambda: reflector.last_error is not None)
-            assert isinstance(reflector.last_error, error)
-            await asyncio.wait_for(reflector.synced.wait(), 10)
-            assert reflector.last_error is None
+    with capture_logs() as logs:
+        async with server.serving(tmp_path) as config:
+            await synced_after(error, await connect(config))
     first, second, third = (at for at, _ in server.asked)
     assert second - first >= 1.0
-    assert 0.1 <= third - second < 1.0
+    assert third - second >= 0.1
+    asked_s, own_s = (each["retry_in_s"] for each in logs if each["event"] == "watch broken")
+    assert asked_s >= 1.0 > own_s
+
+
+async def synced_after(error: type[Exception], client: Client) -> None:
+    reflector = Reflector(client, PEARS, decoder(Pear))
+    async with running(reflector.run):
+        await until(lambda: reflector.last_error is not None)
+        assert isinstance(reflector.last_error, error)
+        await asyncio.wait_for(reflector.synced.wait(), 60)
+        assert reflector.last_error is None
 
 
 async def test_a_stream_refused_in_its_midst_falls_back_to_pages(connect: Connect, tmp_path: Path) -> None:
@@ -284,7 +294,7 @@ async def test_a_stream_refused_in_its_midst_falls_back_to_pages(connect: Connec
     async with server.serving(tmp_path) as config:
         reflector = Reflector(await connect(config), PEARS, decoder(Pear))
         async with running(reflector.run):
-            await asyncio.wait_for(reflector.synced.wait(), 10)
+            await asyncio.wait_for(reflector.synced.wait(), 60)
             await until(lambda: len(server.asked) == 3)
     assert [what for _, what in server.asked] == ["initial", "list", "watch"]
     assert [key.name for key in reflector.store] == ["a"]
@@ -296,8 +306,10 @@ async def test_streams_that_end_at_once_are_not_spun_on(connect: Connect, tmp_pa
     async with server.serving(tmp_path) as config:
         reflector = Reflector(await connect(config), PEARS, decoder(Pear))
         async with running(reflector.run):
-            await asyncio.sleep(1.5)
-    assert 2 <= len(server.asked) < 10
+            await until(lambda: len(server.asked) >= 6)
+    times_s = [at for at, _ in server.asked]
+    pauses_s = [after - before for before, after in itertools.pairwise(times_s)]
+    assert sum(pauses_s[:5]) > 1.0, "it asked again at once"
 
 
 async def test_bytes_split_anywhere_and_strange_frames_lose_nothing(connect: Connect, tmp_path: Path) -> None:
@@ -315,7 +327,7 @@ async def test_bytes_split_anywhere_and_strange_frames_lose_nothing(connect: Con
     async with Slow().serving(tmp_path) as config:
         reflector = Reflector(await connect(config), PEARS, decoder(Pear))
         async with running(reflector.run):
-            await asyncio.wait_for(reflector.synced.wait(), 10)
+            await asyncio.wait_for(reflector.synced.wait(), 60)
             await asyncio.sleep(0.05)
     assert [key.name for key in reflector.store] == ["a"]
     assert reflector.stats.errors == 0
