@@ -31,6 +31,8 @@ from tests.harness.room import NetworkRoom, Resident
 
 NODE = "node-1"
 PERIOD_S = 0.2
+FAILURE_THRESHOLD = 3
+"""of a probe that names none"""
 EPOCH = "2026-01-01T00:00:00Z"
 
 _log = logging.getLogger("kubelet")
@@ -44,6 +46,8 @@ class _Container:
     process: Resident | None
     probe: aiohttp.ClientSession | None = None
     path: str = ""
+    was_ready: bool = False
+    failures: int = 0
 
 
 @dataclass
@@ -135,7 +139,7 @@ class Kubelet:
     async def _until_leaving(self, pod: Object, life: _Life, containers: list[_Container], address: str) -> None:
         told: bool | None = None
         while not life.leaving.is_set():
-            ready = all([await self._ready(each) for each in containers])
+            ready = all([await self._serves(each) for each in containers])
             if ready != told:
                 with contextlib.suppress(KubeError):
                     await asyncio.to_thread(self._tell, pod, address, ready=ready)
@@ -178,6 +182,16 @@ class Kubelet:
             started.path = f"{socket}:{asked['path']}"
         return started
 
+    async def _serves(self, container: _Container) -> bool:
+        """A container that was ready is so until its probe has failed several times in a row: a slow answer is none."""
+        if await self._ready(container):
+            container.failures = 0
+        else:
+            container.failures += 1
+        allowed = container.spec.get("readinessProbe", {}).get("failureThreshold", FAILURE_THRESHOLD)
+        container.was_ready = not container.failures or (container.was_ready and container.failures < allowed)
+        return container.was_ready
+
     async def _ready(self, container: _Container) -> bool:
         if container.process is None:
             return True
@@ -187,7 +201,7 @@ class Kubelet:
         if container.probe is None:
             connector = aiohttp.UnixConnector(socket, force_close=True)
             container.probe = aiohttp.ClientSession(
-                "http://probe", connector=connector, timeout=aiohttp.ClientTimeout(total=1)
+                "http://probe", connector=connector, timeout=aiohttp.ClientTimeout(total=5)
             )
         try:
             async with container.probe.get(path) as answer:

@@ -14,6 +14,7 @@ from tests.harness import kubernetes
 from tests.harness.envoy_gateway import binaries, custom_resources, kustomize_build
 from tests.harness.go_build import NoGoError
 from tests.harness.kubernetes import CONTROLLERS, KubeApi, Object
+from tests.harness.rights import until_granted
 from tests.harness.room import NoRoomError
 from tests.manifests.platform import Platform
 from tests.manifests.tenant import TENANT, Tenant
@@ -60,6 +61,7 @@ def cluster(product: list[Object]) -> Iterator[KubeApi]:
             api.apply(*custom_resources(name))
         monitors = [crd for crd in custom_resources("prometheus") if crd["spec"]["names"]["kind"] == "PodMonitor"]
         api.apply(STAND_INS, *monitors, *product)
+        until_granted(api, "controller")
         yield api
 
 

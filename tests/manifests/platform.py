@@ -23,6 +23,7 @@ from tests.harness.gateway import Gateway
 from tests.harness.kube_proxy import KubeProxy
 from tests.harness.kubelet import Kubelet
 from tests.harness.kubernetes import CONTROLLERS, KubeApi, Object
+from tests.harness.rights import until_granted
 from tests.reconcile.conftest import Room
 
 STAND_INS = Path(__file__).parents[1] / "harness" / "crds"
@@ -76,7 +77,11 @@ class Platform:
 
     def install(self, product: list[Object]) -> None:
         """`kubectl apply --server-side -k manifests/`; harmless when done twice."""
-        self.api.apply(*(on_this_host(item) if item["kind"] == "EnvoyProxy" else item for item in product))
+        objects = [on_this_host(item) if item["kind"] == "EnvoyProxy" else item for item in product]
+        # The rights are in force before there is a pod that needs them: no refusal is of the first second.
+        self.api.apply(*(item for item in objects if item["kind"] != "Deployment"))
+        until_granted(self.api, "controller")
+        self.api.apply(*(item for item in objects if item["kind"] == "Deployment"))
 
     @property
     def ledger(self) -> Gateway:
@@ -120,7 +125,7 @@ class Platform:
         names = ["--model", pod["metadata"]["name"], "--model", _option(command, "--served-model-name")]
         listen = ["--listen", f"{address}:{_option(command, '--port')}"]
         drain = ["--shutdown-timeout-s", _option(command, "--shutdown-timeout")]
-        engine = [*python, "simengine", *names, *listen, *drain, "--itl-ms", "5", "--allow-fault-headers"]
+        engine = [*python, "simengine", *names, *listen, *drain, "--itl-ms", "20", "--allow-fault-headers"]
         return ["sh", "-c", 'while [ -e "$0" ]; do sleep 0.05; done; exec "$@"', str(self._loading), *engine]
 
 

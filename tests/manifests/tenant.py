@@ -22,8 +22,8 @@ READY_TIMEOUT_S = 120.0
 
 
 def application(name: str, serves: str, replicas: int = 1) -> Object:
-    # Of the 8 s a pod waits 2 until everybody has heard that it leaves, and finishes its streams in the next 4.
-    instance = {"terminationGracePeriodSeconds": 8}
+    # Of the 16 s a pod waits 4 until everybody has heard that it leaves, and finishes its streams in the next 8.
+    instance = {"terminationGracePeriodSeconds": 16}
     spec = {"replicas": replicas, "runtime": "vllm", "model": {"name": "weights"}, "servedModelName": serves}
     return document("ArksApplication", name, {**spec, "instanceSpec": instance})
 

@@ -82,7 +82,7 @@ async def test_a_revoked_token_is_refused_from_then_on_and_no_other_and_its_open
     async with (
         Traffic(platform, "deleted", MODEL) as deleted,
         Traffic(platform, "disabled", MODEL) as disabled,
-        stream(session, "deleted", 400) as opened,
+        stream(session, "deleted", 100) as opened,
     ):
         await deleted.until_last(10, ok, "admitted")
         await disabled.until_last(10, ok, "admitted")
@@ -136,7 +136,7 @@ async def test_a_replica_more_takes_its_share_and_a_replica_less_takes_no_reques
     assert leaves in {answer.engine for answer in flow.answers}
 
     # It takes longer than the pod has until SIGTERM, and not as long as it has after that.
-    async with stream_of(session, leaves, 500) as opened:
+    async with stream_of(session, leaves, 300) as opened:
         scale(tenant, LEFT, 1)
         rest = await opened.text()
     assert rest.endswith("data: [DONE]\n\n")
@@ -156,7 +156,7 @@ async def test_an_engine_that_envoy_has_not_heard_of_is_not_taken_for_lost(tenan
         await room.until("ArksApplication", LEFT, lambda item: item["status"]["readyReplicas"] == 2)
         ((new, pod),) = ((name, pod) for name, pod in tenant.pods(LEFT).items() if name != known)
         healthy = f'arks_engine_healthy{{engine="{pod["status"]["podIP"]}:8080"}} 1.0'
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(90):
             while healthy not in await platform.metrics(extproc, 9110):  # noqa: ASYNC110 - another process decides
                 await asyncio.sleep(0.05)
         await flow.until_last(SHARE_OF, lambda answer: answer.engine != new, "answered by those that Envoy knows")
@@ -174,9 +174,10 @@ async def test_an_evicted_pod_takes_no_request_along_and_its_successor_gets_its_
     ((name, pod),) = tenant.pods(LEFT).items()
     path = tenant.platform.api.path("v1", "Pod", tenant.room.namespace)
     evicted = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": name}}
-    tenant.platform.api.request("POST", f"{path}/{name}/eviction", evicted)
-    await flow.until_last(SHARE_OF, lambda answer: answer.application == RIGHT, "only the other application")
-    await tenant.room.until("Pod", name, lambda item: item["metadata"]["uid"] != pod["metadata"]["uid"])
+    with tenant.platform.engines_load():
+        tenant.platform.api.request("POST", f"{path}/{name}/eviction", evicted)
+        await flow.until_last(SHARE_OF, lambda answer: answer.application == RIGHT, "only the other application")
+        await tenant.room.until("Pod", name, lambda item: item["metadata"]["uid"] != pod["metadata"]["uid"])
     await until_share(flow, LEFT, 50)
 
 
@@ -189,7 +190,7 @@ async def test_while_extproc_is_replaced_requests_are_503_and_an_open_stream_end
     """One process keeps the limits, so there is a gap; it is as long as the pods take, and Envoy adds nothing to it."""
     system = tenant.platform.room("arks-system")
     (before,) = system.list("Pod")
-    async with Traffic(tenant.platform, "rich", MODEL) as flow, stream(session, "rich", 300) as opened:
+    async with Traffic(tenant.platform, "rich", MODEL) as flow, stream(session, "rich", 75) as opened:
         await flow.until_last(20, ok, "served")
         # kubectl rollout restart
         again = {"metadata": {"annotations": {"kubectl.kubernetes.io/restartedAt": "now"}}}
@@ -222,7 +223,7 @@ async def stream(session: aiohttp.ClientSession, token: str, tokens: int) -> Asy
 async def stream_of(session: aiohttp.ClientSession, engine: str, tokens: int) -> AsyncIterator[aiohttp.ClientResponse]:
     """One that this pod gives."""
     async with contextlib.AsyncExitStack() as stack:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(90):
             while True:
                 opened = await stack.enter_async_context(stream(session, "rich", tokens))
                 if json.loads((await opened.content.readline()).removeprefix(b"data: "))["model"] == engine:

@@ -32,7 +32,7 @@ async def deployed(api: KubeApi, api_version: str, kind: str) -> Object:
         items = api.list(api_version, kind, NAMESPACE)
         return next((item for item in items if OWNED.items() <= item["metadata"]["labels"].items()), None)
 
-    item: Object = await wait_for(found, 40.0)
+    item: Object = await wait_for(found)
     return item
 
 
@@ -75,4 +75,4 @@ async def test_the_load_balancer_is_as_the_example_says(deploying):
             and wanted["annotations"].items() <= annotations.items()
         )
 
-    await wait_for(changed, 20.0)
+    await wait_for(changed)
