@@ -65,9 +65,9 @@ class Running:
         self.ready = json.loads(line)
         return self
 
-    def finish(self, timeout_s=30):
+    def finish(self, timeout_s=100):
         status = self.process.wait(timeout_s)
-        self._reader.join(5)
+        self._reader.join(60)
         return status
 
     def interrupt(self):
@@ -101,16 +101,16 @@ class Running:
         if self.process.poll() is None:
             self.interrupt()
             try:
-                self.process.wait(20)
+                self.process.wait(60)
             except subprocess.TimeoutExpired:
                 self.process.kill()
         self.process.stdout.close()
-        self._reader.join(5)
+        self._reader.join(60)
         if self.process.stderr is not None:
             self.process.stderr.close()
 
 
-def eventually(holds, timeout_s=20, pause_s=0.05):
+def eventually(holds, timeout_s=60, pause_s=0.05):
     deadline = time.monotonic() + timeout_s
     while not (got := holds()):
         assert time.monotonic() < deadline, "it did not come true in time"

@@ -1,7 +1,7 @@
 """Takes `arks extproc`'s flags and pins every request with a token to what x-test-pin says.
 
-Faults by environment: STANDIN_FAULT=broken-policy refuses to start, =dies ends 1 s after it was first ready, and at
-each later start at once.
+Faults by environment: STANDIN_FAULT=broken-policy refuses to start, =dies ends at a SIGUSR1, and at each later start
+at once.
 """
 
 import argparse
@@ -85,10 +85,18 @@ async def main() -> int:
             f"{options.policy}/tokens.yaml:7: spec.qos: bad, Authorization: Bearer sk-secret-of-alice", file=sys.stderr
         )
         return 1
-    if fault == "dies" and (Path(options.state) / "died-once").exists():
+    died = Path(options.state) / "died-once"
+    if fault == "dies" and died.exists():
         return 3
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    if fault == "dies":
+
+        def die() -> None:
+            died.touch()
+            os._exit(3)
+
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, die)
     server = grpc.aio.server(options=[("grpc.max_receive_message_length", 64 << 20)])
     handlers = {"Process": grpc.stream_stream_rpc_method_handler(process)}
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, handlers)])
@@ -97,10 +105,6 @@ async def main() -> int:
     admin = AdminServer(GatewayMetrics(), {"policy": lambda: Check(ok=True)})
     host, _, port = options.admin.rpartition(":")
     await admin.start(host, int(port))
-    died = Path(options.state) / "died-once"
-    if fault == "dies" and not died.exists():
-        died.touch()
-        asyncio.get_running_loop().call_later(1.0, os._exit, 3)
     await stop.wait()
     print("standin: settled", file=sys.stderr)
     await server.stop(options.drain_timeout_s)

@@ -74,7 +74,7 @@ def test_who_knocks_on_a_tls_port_without_tls_writes_nothing_into_the_log(extpro
     def knock(**variables):
         process, said = extproc(*tls, **variables)
         listen = until(lambda: re.search(r'"listen": "127.0.0.1:(\d+)"', said()))
-        with socket.create_connection(("127.0.0.1", int(listen[1])), timeout=10) as plain:
+        with socket.create_connection(("127.0.0.1", int(listen[1])), timeout=60) as plain:
             plain.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
             while plain.recv(1 << 16):  # until the refusal is over
                 pass
