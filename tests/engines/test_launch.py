@@ -285,7 +285,7 @@ def run_hook(hook):
             .replace("time.sleep(1)", "pass")
             .replace("9090", str(server.server_port))
         )
-        ended = subprocess.run([sys.executable, "-c", script], check=False, timeout=30, capture_output=True)
+        ended = subprocess.run([sys.executable, "-c", script], check=False, timeout=120, capture_output=True)
         server.shutdown()
     return ended.returncode
 

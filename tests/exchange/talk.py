@@ -12,6 +12,7 @@ from extproc.limits.memory import MemoryStore
 from extproc.observe.metrics import GatewayMetrics
 from extproc.picking import Picker
 from extproc.snapshot.index import LiveIndex
+from tests.limits.ground import NOON
 
 CHAT = "/v1/chat/completions"
 JSON = "application/json"
@@ -43,7 +44,7 @@ class World:
         live = LiveIndex()
         live.replace(Policy({("team", "alice"): alice}, {}, {("team", "m"): served}))
         self.served = served
-        self.store = MemoryStore()
+        self.store = MemoryStore(clock=lambda: NOON)  # the day does not end amid a test
         self.ledger = Rows()
         self.picker = Picker()
         self.picker.set_policy([served], engines or ENGINES)

@@ -88,9 +88,9 @@ def test_a_billion_laughs_is_refused_at_once():
     bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
     for level in range(1, 12):
         bomb += f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]\n"
-    began = time.perf_counter()
+    began_s = time.process_time()
     assert "values" in fault(bomb).problem
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began_s < 5
 
 
 @pytest.mark.parametrize("opening", [b"[", b"- ", b"{a: ", b"? "])
