@@ -18,6 +18,10 @@ from extproc.picking.engine import Engine
 from extproc.picking.model import HealthSettings
 
 _NOT_FOUND = 404
+_HELD_UP = "held up"
+"""a timeout that says nothing about the engine: it came so late that we were not running ourselves"""
+_HELD_UP_SHARE = 1.5
+"""of the timeout"""
 
 
 class Prober:
@@ -100,7 +104,7 @@ class Prober:
         epoch = engine.epoch
         try:
             reason, certain = await self._ask(session, engine)
-            if not engine.known:
+            if not engine.known or reason == _HELD_UP:
                 return
             if reason:
                 self._on_failure(engine, reason, certain)
@@ -120,11 +124,14 @@ class Prober:
         paths = self._settings.paths
         for _ in paths:
             path = paths[engine.path_index % len(paths)]
+            asked_s = self._clock()
             try:
                 async with session.get(f"http://{engine.address}{path}", allow_redirects=False) as response:
                     status = response.status
             except TimeoutError:
-                return "timeout", False
+                # The answer may lie here unread.
+                held_up = self._clock() - asked_s > _HELD_UP_SHARE * self._settings.timeout_s
+                return _HELD_UP if held_up else "timeout", False
             except aiohttp.ClientConnectorError:
                 return "refused", True
             except (aiohttp.ClientError, OSError, ValueError):

@@ -5,6 +5,7 @@ import contextlib
 import json
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 
 import aiohttp
@@ -112,6 +113,24 @@ async def test_a_frozen_engine_goes_after_two_timeouts_and_comes_back():
             assert picker.pick(target).addresses == (other.address,)
             frozen.signal(signal.SIGCONT)
             await until(lambda: all(healthy(picker).values()))
+
+
+async def test_a_gateway_that_is_held_up_itself_blames_no_engine():
+    seen: list[str] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        seen.append("asked")
+        time.sleep(2 * IMPATIENT.timeout_s)  # noqa: ASYNC251 - nothing runs meanwhile, the prober neither
+        writer.write(b"HTTP/1.1 200 X\r\ncontent-length: 0\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        picker, target = fleet(f"127.0.0.1:{server.sockets[0].getsockname()[1]}", health=IMPATIENT)
+        async with probing(picker):
+            await until(lambda: len(seen) >= 4)
+            assert picker.pick(target) is not None
+            assert errors(picker) == {""}
 
 
 async def test_an_engine_that_says_it_is_ill_is_not_used():
