@@ -142,7 +142,7 @@ async def test_an_http_10_client_gets_a_stream_without_chunks():
 
 
 async def test_an_idle_connection_is_closed_but_never_one_in_use():
-    async with serving(keep_alive_timeout_s=0.05, ttft_ms=200) as engine, engine.connect() as raw:
+    async with serving(keep_alive_timeout_s=0.5, ttft_ms=700) as engine, engine.connect() as raw:
         raw.post(CHAT, chat())
         assert (await raw.answer())[0] == 200
         assert await raw.rest() == b""

@@ -21,7 +21,7 @@ def wheel(tmp_path_factory):
     """A folder with what a wheel of this version installs, and nothing else of ours."""
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=100)
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=200)
     (built,) = folder.glob("*.whl")
     zipfile.ZipFile(built).extractall(folder / "site")
     return folder / "site"
@@ -37,7 +37,7 @@ def arks_of(wheel, folder, *argv):
         check=True,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     ).stdout
 
 
