@@ -8,7 +8,7 @@ from typing import Any
 
 
 async def eventually(
-    look: Callable[[], Awaitable[Any]], holds: Callable[[Any], bool] = bool, timeout_s: float = 30.0
+    look: Callable[[], Awaitable[Any]], holds: Callable[[Any], bool] = bool, timeout_s: float = 60.0
 ) -> Any:
     """The first look that holds. Raises TimeoutError."""
     async with asyncio.timeout(timeout_s):

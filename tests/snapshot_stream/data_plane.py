@@ -40,7 +40,7 @@ class Decisions:
             request.request_headers.headers.headers.add(key=name, raw_value=value.encode())
         call = self._call()
         try:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 await call.write(request)
                 answer = await call.read()
         finally:
@@ -72,7 +72,7 @@ class Decisions:
         answer.response_body.end_of_stream = True
         call = self._call()
         try:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 for message in (asked, body, answered, answer):
                     await call.write(message)
                     told = await call.read()
@@ -84,7 +84,7 @@ class Decisions:
             call.cancel()
         return ADMITTED
 
-    async def until(self, secret: str, wanted: int, timeout_s: float = 30.0) -> float:
+    async def until(self, secret: str, wanted: int, timeout_s: float = 60.0) -> float:
         """Ask until it is so; the seconds that took."""
         loop = asyncio.get_running_loop()
         began = loop.time()
@@ -139,6 +139,6 @@ async def asking(folder: Path) -> AsyncIterator[Decisions]:
     options = [("grpc.use_local_subchannel_pool", 1), ("grpc.initial_reconnect_backoff_ms", 50)]
     options += [("grpc.max_reconnect_backoff_ms", 100), ("grpc.min_reconnect_backoff_ms", 50)]
     async with grpc.aio.insecure_channel(f"unix:{folder / 'extproc.sock'}", options=options) as channel:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await channel.channel_ready()
         yield Decisions(channel)

@@ -10,17 +10,19 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from controller.permissions import NAMESPACE, rbac
-from tests.harness.gateway import on_this_machine, running_engine
+from controller.permissions import NAMESPACE
+from tests.harness.gateway import running_engine
 from tests.harness.kubernetes import KubeApi
+from tests.harness.rights import grant
 from tests.snapshot_stream.conftest import Tenant
 from tests.snapshot_stream.data_plane import ADMITTED, asking, extproc
 from tests.snapshot_stream.world import until
 
 
 def _wait_for(socket: Path) -> None:
-    deadline = time.monotonic() + 30
-    while not socket.exists() and time.monotonic() < deadline:
+    deadline = time.monotonic() + 60
+    while not socket.exists():
+        assert time.monotonic() < deadline, f"there is no {socket}"
         time.sleep(0.05)
 
 
@@ -39,7 +41,7 @@ def controller(api: KubeApi, folder: Path, namespace: str, user: str = "admin") 
         yield address
     finally:
         process.terminate()
-        assert process.wait(20) == 0, (folder / "controller.log").read_text()[-2000:]
+        assert process.wait(60) == 0, (folder / "controller.log").read_text()[-2000:]
 
 
 async def test_a_token_applied_in_the_cluster_is_admitted_by_the_pods_two_commands(
@@ -49,16 +51,16 @@ async def test_a_token_applied_in_the_cluster_is_admitted_by_the_pods_two_comman
     tenant.token("alice", "sk-of-two-commands")
     with controller(api, tmp_path, tenant.namespace) as address, extproc(tmp_path, address):
         async with asking(tmp_path) as decide:
-            await decide.until("sk-of-two-commands", ADMITTED, on_this_machine(20.0))
+            await decide.until("sk-of-two-commands", ADMITTED)
             await asyncio.to_thread(tenant.delete, "ArksToken", "alice")
-            await decide.until("sk-of-two-commands", 401, on_this_machine(1.0))
+            await decide.until("sk-of-two-commands", 401)
 
 
 async def test_what_requests_used_is_shown_in_the_quotas_status_and_outlives_both_commands(
     api: KubeApi, tenant: Tenant, tmp_path: Path
 ):
     """With the rights that the manifests grant, and no more."""
-    api.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}}, *rbac())
+    grant(api)
     limits = [{"type": kind, "value": 10_000} for kind in ("prompt", "response", "total")]
     tenant.apply("arks.ai/v1", "ArksQuota", "pot", spec={"quotas": limits})
     with running_engine() as engine:
@@ -71,13 +73,13 @@ async def test_what_requests_used_is_shown_in_the_quotas_status_and_outlives_bot
         for life in (1, 2):
             with controller(api, tmp_path, NAMESPACE, "controller") as address, extproc(tmp_path, address):
                 async with asking(tmp_path) as decide:
-                    await decide.until("sk-spends", ADMITTED, on_this_machine(20.0))
+                    await decide.until("sk-spends", ADMITTED)
                     if life == 2:
                         assert _used(tenant) == {"prompt": 14, "response": 40, "total": 54}, "a restart took it away"
                     for _ in range(2):
                         assert await decide.whole("sk-spends", "qwen", 7, 20) == ADMITTED
                     wanted = {"prompt": 14 * life, "response": 40 * life, "total": 54 * life}
-                    await until(lambda wanted=wanted: _used(tenant) == wanted, on_this_machine(30.0))
+                    await until(lambda wanted=wanted: _used(tenant) == wanted, 90.0)
     assert "forbidden" not in (tmp_path / "controller.log").read_text().lower()
 
 

@@ -26,7 +26,7 @@ class DataPlane:
 
     def __init__(self, folder: Path) -> None:
         self.live, self.store = LiveIndex(), MemoryStore()
-        self.following = Following(folder, quiet_s=0.5)
+        self.following = Following(folder)
         self.report = QuotaReport(self.following.source, self.live, self.store.used, every_s=0.05)
         self._leases = 0
 
@@ -51,7 +51,7 @@ class DataPlane:
     async def running(self) -> AsyncIterator["DataPlane"]:
         async with self.following.running():
             await self.live.apply(self.following.policy)
-            await until(lambda: self.following.source.connections == 2)  # start's own, then run's
+            await until(lambda: self.following.source.connections >= 2)  # start's own, then run's
             tasks = [asyncio.create_task(work()) for work in (self.apply, self.report.run)]
             try:
                 yield self

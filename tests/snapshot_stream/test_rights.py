@@ -8,6 +8,7 @@ import pytest
 
 from controller.permissions import NAMESPACE, rbac, rules
 from tests.harness.kubernetes import KubeApi
+from tests.harness.rights import until_allowed
 from tests.snapshot_stream.conftest import Tenant
 from tests.snapshot_stream.test_from_apply_to_decision import PublisherProcess
 from tests.snapshot_stream.world import Following, until
@@ -34,6 +35,7 @@ async def test_the_generated_role_suffices_and_a_missing_right_costs_only_what_n
 ):
     api.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}})
     api.apply(*(rbac() if sees_secrets else without_secrets(user)))
+    until_allowed(api, user, verb="watch", group="arks.ai", resource="arkstokens")
     tenant.endpoint()
     tenant.token("plain", "sk-plain")
     tenant.secret("box", token="sk-boxed")

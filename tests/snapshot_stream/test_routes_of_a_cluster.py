@@ -113,6 +113,9 @@ async def test_the_load_policys_weights_reach_extproc_and_dead_engines_lose_thei
         tenant.service(f"arks-application-{app}")
         tenant.slice(f"arks-application-{app}", address)
         tenant.application(app, "qwen", 1)
+    # A backend that is heard of later than its endpoint would begin with little.
+    known = cluster.publisher._watches.applications
+    await until(lambda: all((tenant.namespace, app) in known for app in ("one", "two")))
     tenant.endpoint(weightPolicy="load")
     names = ("arks-application-one", "arks-application-two")
     await until(lambda: (cluster.routes() or {}).keys() == set(names))

@@ -16,7 +16,7 @@ from controller.snapshot.feed import Feed
 from controller.snapshot.server import PolicyServer
 from extproc.snapshot.stream import StreamSource
 
-TIMEOUT_S = 30.0
+TIMEOUT_S = 60.0
 
 
 def token(name: str, secret: int = 1, rpm: int = 5, namespace: str = "team-a") -> Token:
