@@ -26,7 +26,7 @@ FAST = Settings(
     backoff_first_s=0.001,
     backoff_longest_s=0.01,
     report_every_s=0.5,
-    silence_timeout_s=5.0,
+    silence_timeout_s=30.0,
     margin_bytes=0,
     lock_poll_s=0.02,
     lock_silence_s=0.3,
@@ -57,7 +57,7 @@ class Loader:
         request = decode_request(self.argument(source, folder, model))
         progress = Progress(request.model, request.kind, self.lines.append)
         self.progress = progress
-        async with asyncio.timeout(60), progress.telling(told.report_every_s):
+        async with asyncio.timeout(120), progress.telling(told.report_every_s):
             return await Loading(request, told, environment or self.environment, progress).run()
 
     async def process(self, source, folder="model", environment=None, **more):

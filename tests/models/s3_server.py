@@ -32,7 +32,7 @@ from tests.harness.go_build import go_binary
 
 VERSION = "1.8.0"
 KEY_ID, SECRET, REGION = "AKIAREALSERVER", "secret/of+the-real-server", "eu-central-1"
-READY_TIMEOUT_S = 30.0
+READY_TIMEOUT_S = 90.0
 
 
 _libc = ctypes.CDLL(None, use_errno=True)

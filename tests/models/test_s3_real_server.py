@@ -96,8 +96,11 @@ async def test_a_connection_that_breaks_again_and_again_costs_no_byte_that_was_w
         proxy.delay_s = 0.01
 
         async def trouble():
+            """After each further 256 KiB, so that however slow it all is there is progress in between."""
             while True:
-                await asyncio.sleep(0.15)
+                before = proxy.answered_bytes
+                while proxy.answered_bytes < before + (256 << 10):  # noqa: ASYNC110 - what comes over the network
+                    await asyncio.sleep(0.01)
                 proxy.reset()
 
         task = asyncio.create_task(trouble())

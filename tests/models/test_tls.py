@@ -74,7 +74,7 @@ async def test_a_redirect_out_of_tls_is_refused(secure, loader):
         {"kind": "huggingface", "endpoint": secure.url},
         environment={"SSL_CERT_FILE": str(secure.certificate), "HF_TOKEN": "hf_secret"},
     )
-    out, err = await asyncio.wait_for(process.communicate(), 30)
+    out, err = await asyncio.wait_for(process.communicate(), 90)
     await plain.stop()
     assert (process.returncode, err) == (3, b"")
     assert b"UnsafeRedirect" in out

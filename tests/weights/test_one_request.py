@@ -35,12 +35,12 @@ async def answering(*pieces: bytes, closes: bool = True, seen: list[bytes] | Non
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     async with server:
         yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        async with asyncio.timeout(5):  # the client has left each connection
+        async with asyncio.timeout(60):  # the client has left each connection
             await asyncio.gather(*served)
 
 
 async def ask(address: str) -> tuple[int, bytes]:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         return await get(address, "/metrics", MOST)
 
 
