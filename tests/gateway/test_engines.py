@@ -10,6 +10,7 @@ from collections import Counter
 
 import pytest
 
+from apis.eds import ENGINES_CLUSTER
 from extproc.picking import HealthSettings
 from tests.harness.client import CHAT, bearer, chat
 from tests.harness.gateway import backend, endpoint, policy, route, running_engine, running_gateway, token, until
@@ -54,6 +55,9 @@ def gateway(addresses, tmp_path_factory):
 @pytest.fixture(autouse=True)
 async def both_fit(gateway, engines, session):
     await until_fit(gateway, session, *(engine.address for engine in engines))
+    # A request over a connection to their predecessors would be asked twice.
+    active = f"cluster.{ENGINES_CLUSTER}.upstream_cx_active"
+    await until(lambda: gateway.stats(f"^{active}$")[active] == 0)
 
 
 async def fit(gateway, session) -> set[str]:
