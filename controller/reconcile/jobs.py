@@ -43,8 +43,8 @@ class Jobs:
                 return Loading(State.LOADED)  # the finished Job was cleaned away, the weights were not
             meta["annotations"][TRIED_ANNOTATION] = self._circumstances()
             return await context.writer.apply(self._model.metadata.uid, wanted)
-        if job["metadata"].get("deletionTimestamp"):
-            return None
+        if context.writer.deleted(job):
+            return None  # what it loaded may be gone, too: it no longer speaks for what is there
         if not owned_by(job, self._model):
             return Refusal("Job", meta["name"], NAME_TAKEN, "a Job of this name is not ours; rename one of them")
         pods = [pod for pod in self._pods() if _is_of(pod, job)]
@@ -101,7 +101,7 @@ class Jobs:
     async def drop_others(self, kept: set[str]) -> None:
         """Downloads of ours that nobody wants any more: of a node that left, of a source that was removed."""
         for job in self._context.watches.jobs.by("owner", self._model.metadata.uid):
-            if job["metadata"]["name"] not in kept and not job["metadata"].get("deletionTimestamp"):
+            if job["metadata"]["name"] not in kept and not self._context.writer.deleted(job):
                 await self._drop(job)
 
     def running(self) -> int:

@@ -64,6 +64,12 @@ class Writer:
         self._client, self._watches = client, watches
         self._applier = Applier(client)
         self._wrote: dict[tuple[str, Key], int] = {}
+        self._deleted: set[str] = set()
+        """uids of what we have deleted and of whose end the watch has not told yet"""
+
+    def deleted(self, item: Object) -> bool:
+        """Is this live object on its way out, by its own word or because we deleted it and have not heard of it yet?"""
+        return _deleting(item) or uid_of(item) in self._deleted
 
     def behind(self, items: Iterable[Object]) -> bool:
         """Is one of these live objects older than what we wrote? Then a plan from them would repeat the past."""
@@ -129,17 +135,24 @@ class Writer:
         resource = self._resource(gone.api_version, gone.kind)
         self._forget(resource, key)
         uid = uid_of(live) if live is not None else ""
+        if uid:
+            self._deleted.add(uid)  # before its end can be heard
         try:
             await self._client.delete(resource, gone.name, gone.namespace, uid=uid, propagation=gone.propagation)
         except (NotFoundError, ConflictError):
             return None
         except (InvalidError, ForbiddenError) as error:
+            self._deleted.discard(uid)
             return Refusal(gone.kind, gone.name, error.reason, error.message)
+        except BaseException:
+            self._deleted.discard(uid)
+            raise
         return None
 
     def gone(self, old: Object) -> None:
         """The watch says that the object is no more: whoever has its name next need not be ours."""
         meta = old["metadata"]
+        self._deleted.discard(uid_of(old))
         resource = self._watches.find(old["apiVersion"], old["kind"])
         if resource is not None:
             self._forget(resource, Key(meta.get("namespace", ""), meta["name"]))

@@ -142,6 +142,30 @@ async def test_the_weights_are_loaded_again_into_a_claim_that_was_made_anew(room
     await room.phase("ArksModel", "qwen-7b", "Ready")
 
 
+async def test_a_download_whose_end_is_heard_late_does_not_speak_for_the_claim_that_was_made_anew(room, running, actor):
+    room.apply(MODEL)
+    await room.phase("ArksModel", "qwen-7b", "Ready")
+    await running.quiet()
+    job, claim = (
+        room.get(kind, name)["metadata"]["uid"]
+        for kind, name in (("Job", "arks-worker-qwen-7b"), ("PersistentVolumeClaim", "qwen-7b"))
+    )
+    actor.loader = "hold"
+    jobs, late = running.controller.watches.reflectors["Job"], []
+    hear, jobs._event = jobs._event, lambda line, seen: late.append(line) or seen
+    room.delete("PersistentVolumeClaim", "qwen-7b")
+    await room.until("PersistentVolumeClaim", "qwen-7b", lambda item: item["metadata"]["uid"] != claim)
+    await room.phase("ArksModel", "qwen-7b", "ModelLoading")
+    await wait_for(lambda: late)
+    jobs._event = hear
+    for line in late:
+        hear(line, None)
+    await room.until("Job", "arks-worker-qwen-7b", lambda item: item["metadata"]["uid"] != job)
+    actor.loader = "succeed"
+    await actor.again()
+    await room.phase("ArksModel", "qwen-7b", "Ready")
+
+
 async def test_a_finished_download_that_was_cleaned_away_is_not_repeated(room, running, actor):
     room.apply(MODEL)
     await room.phase("ArksModel", "qwen-7b", "Ready")
