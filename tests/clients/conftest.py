@@ -1,6 +1,8 @@
 """One gateway for the folder, asked by the SDKs that users have. Only the time they sleep is replaced."""
 
 import asyncio
+import time
+import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from typing import Any
@@ -49,6 +51,16 @@ POLICY = policy(
 def within_one_day() -> None:
     """Daily limits begin anew at midnight (UTC)."""
     past_midnight()
+
+
+@pytest.fixture(autouse=True)
+def engine_is_fit(engine, gateway) -> None:
+    """One that a test before had lost comes back with its next probe."""
+    wanted = f'arks_engine_healthy{{engine="{engine.address}"}} 1.0'
+    end = time.monotonic() + 60
+    while wanted not in urllib.request.urlopen(f"{gateway.admin}/metrics").read().decode():
+        assert time.monotonic() < end, "the engine stays away"
+        time.sleep(0.02)
 
 
 @pytest.fixture(scope="package")
