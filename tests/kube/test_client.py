@@ -220,6 +220,21 @@ async def test_a_task_that_is_cancelled_in_the_moment_in_which_its_write_times_o
         assert task.cancelled()
 
 
+async def test_a_watch_that_is_left_leaves_no_connection_behind(
+    pears: KubeApi, kube_namespace: str, connect: Connect
+) -> None:
+    """Nor waits for the other end, which may be dead."""
+    async with TcpProxy(pears.port) as proxy:
+        client = await connect(pears.kubeconfig(server=proxy.url))
+        async with client.open(PEARS, kube_namespace, {"watch": "true"}) as stream:
+            proxy.black_hole()
+            socket = stream._protocol.transport.get_extra_info("socket")
+            assert socket.fileno() >= 0
+        async with asyncio.timeout(20):
+            while socket.fileno() >= 0:  # noqa: ASYNC110 - a transport tells nobody
+                await asyncio.sleep(0)
+
+
 async def test_a_dead_server_is_an_error_of_ours_not_of_aiohttp(connect: Connect, tmp_path: Path) -> None:
     async with Scripted().serving(tmp_path) as config:
         client = await connect(config)
