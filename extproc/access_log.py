@@ -7,6 +7,7 @@ have any flag, so it costs nothing for all others. A request that broke off wait
 """
 
 import asyncio
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Final
@@ -25,6 +26,10 @@ STEP_S: Final = 1.0
 STEPS: Final = 5
 """Envoy sends its entries every 100 ms, a starved one later; without such a log the client is taken to have left. In
 steps, since a process that was held up itself finds its timers due before it has read what came meanwhile"""
+EARLY_MOST: Final = 1000
+EARLY_ID_CHARACTERS: Final = 256
+"""an entry may overtake the reset of its request's stream, which comes by another connection: so many are kept, and
+no longer than a request would wait. Clients choose their ids; a longer one is not worth the memory"""
 _INVALID_ARGUMENT: Final = 3
 _UNAVAILABLE: Final = 14
 
@@ -54,22 +59,40 @@ class Abandoned:
 
     def __init__(self) -> None:
         self._waiting: defaultdict[str, list[_Waiter]] = defaultdict(list)
+        self._early: dict[str, tuple[str, float]] = {}
+        """reasons for which nobody waits (yet), and when they came, oldest first"""
         self._streams: set[Stream] = set()
 
     def wait(self, request_id: str, told: Callable[[str], None]) -> None:
         """`told` is called once with the reason: by an access log entry, or for want of one."""
+        reason, came_s = self._early.pop(request_id, ("", 0.0))
+        if reason and time.monotonic() - came_s < STEPS * STEP_S:
+            told(reason)
+            return
         waiter = _Waiter(told)
         self._step(request_id, waiter)
         self._waiting[request_id].append(waiter)
 
     def tell(self, request_id: str, reason: str) -> None:
-        """An entry has come. One without a reason leaves its request to wait for the next, or in vain."""
+        """An entry has come, maybe too early. One without a reason leaves its request to wait for the next."""
+        if not reason:
+            return
         waiters = self._waiting.get(request_id)
-        if reason and waiters:
-            waiter = waiters.pop(0)
-            if not waiters:
-                del self._waiting[request_id]
-            waiter.end(reason)
+        if not waiters:
+            self._keep(request_id, reason)
+            return
+        waiter = waiters.pop(0)
+        if not waiters:
+            del self._waiting[request_id]
+        waiter.end(reason)
+
+    def _keep(self, request_id: str, reason: str) -> None:
+        if len(request_id) > EARLY_ID_CHARACTERS:
+            return
+        self._early.pop(request_id, None)  # the newest stands last
+        self._early[request_id] = (reason, time.monotonic())
+        if len(self._early) > EARLY_MOST:
+            del self._early[next(iter(self._early))]
 
     def _step(self, request_id: str, waiter: "_Waiter") -> None:
         waiter.steps_left -= 1

@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import json
+import os
+import signal
 import uuid
 
 import aiohttp
@@ -194,6 +196,29 @@ async def test_engine_that_resets_its_stream_is_not_taken_for_a_client_that_left
     got = max(0, body.count(b"data: ") - 1) if body else 0
     assert got <= row["completion_tokens"] <= chunks
     assert await charged(gateway, session) - before == row["prompt_tokens"] + row["completion_tokens"]
+
+
+def logged(gateway) -> int:
+    """Entries for extproc that Envoy has written so far."""
+    return sum(gateway.stats("grpc_access_log.logs_written").values())
+
+
+async def test_reason_that_comes_before_the_end_of_its_stream_is_not_lost(gateway, session):
+    """The access log has a connection of its own: a gateway that was held up reads the two in any order."""
+    for _ in range(4):
+        headers = asking("reset_after_chunks=17")
+        before = logged(gateway)
+        async with session.post(gateway.url + CHAT, json=LONG, headers=headers) as answer:
+            await read_events(answer, 2)
+            os.kill(gateway.extproc_pid, signal.SIGSTOP)
+            try:
+                await until(lambda: logged(gateway) > before)  # noqa: B023 - asked at once
+                await asyncio.sleep(0.3)  # Envoy sends what it has logged every 100 ms, and no counter tells when
+            finally:
+                os.kill(gateway.extproc_pid, signal.SIGCONT)
+            answer.close()
+        row = await gateway.row_of(headers["x-request-id"])
+        assert (row["status"], row["error"]) == (502, "engine_lost")
 
 
 async def test_engine_that_breaks_off_streams_but_lives_stays_open_to_all(gateway, session):
