@@ -7,9 +7,12 @@ The tests run in the order of the pair's life: the last one takes a pod away.
 
 import asyncio
 import contextlib
+import json
 import shutil
 import socket
 import time
+import urllib.error
+import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +47,8 @@ class Work:
     external_kv_transfer: int
     generated: int
     transfers: int
+    failed: int = 0
+    """transfers"""
 
     def __sub__(self, other: "Work") -> "Work":
         return Work(*(getattr(self, name) - getattr(other, name) for name in self.__slots__))
@@ -58,8 +63,9 @@ async def work(session: aiohttp.ClientSession, engine: Container) -> Work:
             source = line.partition('source="')[2].partition('"')[0]
             found[source] = int(float(line.rpartition(" ")[2]))
     generated = int(sum_series(page, "vllm:generation_tokens_total"))
-    assert sum_series(page, "vllm:nixl_num_failed_transfers_total") == 0
-    return Work(*found.values(), generated, int(sum_series(page, "vllm:nixl_bytes_transferred_count")))
+    transfers = int(sum_series(page, "vllm:nixl_bytes_transferred_count"))
+    failed = int(sum_series(page, "vllm:nixl_num_failed_transfers_total"))
+    return Work(*found.values(), generated, transfers, failed)
 
 
 @dataclass
@@ -101,6 +107,7 @@ def pair(made, kube_api: KubeApi, tmp_path_factory) -> Iterator[Pair]:
             assert time.monotonic() < deadline, [each.log[-2000:] for each in waiting]
             time.sleep(0.3)
         until(lambda: router.probe("readiness"), router)
+        until(lambda: introduced(router), router)
         yield pair
     finally:
         for each in found.values():
@@ -138,6 +145,19 @@ def until(holds: Any, container: Container, timeout_s: float = 60.0) -> None:
     while not holds():
         assert time.monotonic() < deadline, container.log[-4000:]
         time.sleep(0.1)
+
+
+def introduced(router: Container) -> bool:
+    """Has decode's handshake with prefill, in its first request, ended well? vLLM waits 5 s for it, then answers 500."""
+    body = json.dumps(asked("They meet. " * 40, cache_salt="met")).encode()
+    request = urllib.request.Request(router.url + CHAT, body, {"content-type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return bool(answer.status == 200)
+    except urllib.error.HTTPError as error:
+        if error.code != 500:
+            raise
+        return False
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +213,7 @@ async def test_a_tenant_is_charged_once_for_what_two_engines_did(pair, fronted, 
     row = await fronted.row_of(answer.request_id)
     assert (row["status"], row["accuracy"], row["completion_tokens"]) == (200, "exact", TOKENS)
     assert row["prompt_tokens"] == done.external_kv_transfer > 150
+    assert not done.failed
     alone = Client(session, pair.prefill.url)
     assert said(answer) == said(await alone.ok(CHAT, asked(text, cache_salt="alone")))
 
