@@ -148,7 +148,7 @@ def until(holds: Any, container: Container, timeout_s: float = 60.0) -> None:
 
 
 def introduced(router: Container) -> bool:
-    """Has decode's handshake with prefill, in its first request, ended well? vLLM waits 5 s for it, then answers 500."""
+    """Has decode's handshake with prefill, in a first request, ended well? vLLM waits 5 s for it, then answers 500."""
     body = json.dumps(asked("They meet. " * 40, cache_salt="met")).encode()
     request = urllib.request.Request(router.url + CHAT, body, {"content-type": "application/json"})
     try:
