@@ -42,6 +42,8 @@ from controller.engines.stopping import Stopping, stopping
 
 SYSTEM_PORT = 9090
 START_S = 7200
+MIGRATIONS = 3
+"""of a request, at most; within a rolling update its next worker may leave, too"""
 DISCOVERY_DIRECTORY = "/run/arks-dynamo"
 FRONTEND_METRICS = MetricNames(
     running="dynamo_frontend_inflight_requests",
@@ -155,9 +157,11 @@ def frontend(spec: LaunchSpec, *, port: int = SERVING_PORT, args: Sequence[str] 
     problems = () if spec.allow_unknown else option_problems("dynamo-frontend", spec.version, given, spec.args_field)
     # Told to stop, it refuses what is new and finishes what runs, for 5 s unless it is given more.
     drain = {"name": "DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS", "value": str(stop.drain_s)}
+    # A request that was just on its way to a worker that leaves goes to another one; without this it fails with 503.
+    again = {"name": "DYN_MIGRATION_LIMIT", "value": str(MIGRATIONS)}
     return Launch(
         command,
-        env=_environment(spec, drain),
+        env=_environment(spec, drain, again),
         ports=(("http", port),),
         probes=_frontend_probes(port),
         lifecycle=stop.lifecycle,
