@@ -3,7 +3,8 @@
 When an answer ends before its end, ext_proc's own stream is reset the same way whether the client left or the engine
 died. Envoy's gRPC access log carries the response flags that say which; the bootstrap sends it only for requests that
 have any flag, so it costs nothing for all others. A request that broke off waits here for its entry, no longer than
-`STEPS`: its charge is settled already, only its ledger row and its engine's health record wait.
+`STEPS` of `STEP_S`, and an entry that came first waits as long for its request. The charge is settled already: only the
+ledger row and the engine's health record wait.
 """
 
 import asyncio

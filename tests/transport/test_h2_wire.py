@@ -296,11 +296,17 @@ async def test_streams_over_the_limit_are_refused_and_room_is_made_again(client,
     assert second in one.data
 
 
+async def begun(server, text):
+    """A connection whose stream 1 has said `text`, heard its answer, and is open."""
+    reader, writer = await connect_raw(server)
+    writer.write(OPENING + frame(1, 4, 1, PATH) + frame(0, 0, 1, message(text)))
+    await reader.readuntil(message(text))
+    return reader, writer
+
+
 async def test_drain_promises_only_what_it_serves(start, book):
     server = await start("h2")
-    reader, writer = await connect_raw(server)
-    writer.write(OPENING + frame(1, 4, 1, PATH) + frame(0, 0, 1, message(b"a")))
-    await reader.readuntil(message(b"a"))
+    reader, writer = await begun(server, b"a")
     draining = asyncio.ensure_future(server.drain(60))
     assert await reader.readuntil(b"draining") == goaway((1 << 31) - 1, ErrorCode.NO_ERROR) + frame(
         6, 0, 0, b"draining"
@@ -319,9 +325,7 @@ async def test_drain_promises_only_what_it_serves(start, book):
 async def test_a_peer_that_still_talks_hears_the_end_of_its_streams_before_the_connection_closes(start, book):
     """A socket that is closed while its peer writes to it is reset, and what was said last is lost."""
     server = await start("h2")
-    reader, writer = await connect_raw(server)
-    writer.write(OPENING + frame(1, 4, 1, PATH) + frame(0, 0, 1, message(b"may go")))
-    await reader.readuntil(message(b"may go"))
+    reader, writer = await begun(server, b"may go")
     draining = asyncio.ensure_future(server.drain(0.05))
     await reader.readuntil(b"draining")
     writer.write(frame(6, 1, 0, b"draining"))

@@ -9,8 +9,15 @@ from controller.workloads.model import Object, is_ready
 
 _STUCK: Final = frozenset(
     {
-        *("CreateContainerConfigError", "CreateContainerError", "InvalidImageName", "ImageInspectError"),
-        *("ErrImagePull", "ErrImageNeverPull", "RegistryUnavailable", "SignatureValidationFailed", "ImagePullBackOff"),
+        "CreateContainerConfigError",
+        "CreateContainerError",
+        "ErrImageNeverPull",
+        "ErrImagePull",
+        "ImageInspectError",
+        "ImagePullBackOff",
+        "InvalidImageName",
+        "RegistryUnavailable",
+        "SignatureValidationFailed",
     }
 )
 _CRASHING: Final = "CrashLoopBackOff"
