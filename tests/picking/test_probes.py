@@ -6,13 +6,14 @@ import json
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 import aiohttp
 import pytest
 
 from apis.policy import Endpoint, Route
 from extproc.picking import HealthSettings, Outcome, Picker
+from tests.harness.gateway import until
 
 FAST = HealthSettings(interval_s=0.05, down_interval_s=0.03, timeout_s=60.0, ejection_s=0.2)
 """however late an answer is on a busy machine, it comes"""
@@ -68,12 +69,6 @@ async def probing(picker: Picker) -> AsyncIterator[None]:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
-
-
-async def until(condition: Callable[[], bool], within_s: float = 60.0) -> None:
-    async with asyncio.timeout(within_s):
-        while not condition():  # noqa: ASYNC110 - what is awaited happens in another process
-            await asyncio.sleep(0.01)
 
 
 def fleet(*addresses: str, health: HealthSettings = FAST) -> tuple[Picker, Endpoint]:
